@@ -67,6 +67,7 @@ class BlockLayout:
 
     @property
     def device(self) -> torch.device:
+        """Where the mask lies."""
         return self.mask.device
 
     @cached_property
@@ -175,13 +176,20 @@ class BlockLayout:
         counts = self.mask.sum(2, dtype=torch.int32)[None]
         # Kept columns first, in ascending order: a stable sort of "not kept".
         indices = torch.argsort((~self.mask).int(), dim=2, stable=True).int()[None]
-        # All blocks are declared full, so that FlexAttention needs no element-wise mask.
+        mask, size, shared = self.mask, self.block_size, self.num_heads == 1
+
+        def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return mask[head * 0 if shared else head, query // size, key // size]
+
+        # All blocks are declared full: compiled, FlexAttention never evaluates the mask function, which is for its
+        # uncompiled path.
         return BlockMask.from_kv_blocks(
             torch.zeros_like(counts),
             torch.zeros_like(indices),
             full_kv_num_blocks=counts,
             full_kv_indices=indices,
-            BLOCK_SIZE=self.block_size,
+            BLOCK_SIZE=size,
+            mask_mod=kept,
             seq_lengths=(query_length, key_length),
         )
 
@@ -193,7 +201,7 @@ class BlockLayout:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file({"mask": self.mask.cpu().contiguous()}, temporary, metadata=metadata)
-            os.replace(temporary, path)
+            temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -222,7 +230,9 @@ class BlockLayout:
                     )
                 return cls(file.get_tensor("mask"), int(json.loads(metadata["block_size"])))
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is not a whole layout file ({error}); write it again with BlockLayout.save") from error
+            raise ValueError(
+                f"{path} is not a whole layout file ({error}); write it again with BlockLayout.save"
+            ) from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):

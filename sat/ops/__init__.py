@@ -1,0 +1,383 @@
+"""Floor 1: the public operators. They check their arguments and choose the backend.
+
+Shapes: B batch, H heads, L queries, S keys, D head dimension, b block size, M x N blocks, nnz kept blocks (counted over
+all H heads). Block values ``[B, nnz, b, b]`` stand in (head, row, column) order.
+
+Backends: ``"reference"`` is dense and masked, the specification; ``"torch"`` computes the kept blocks only, in plain
+PyTorch, on any device. ``"auto"`` takes ``"torch"``. A backend that was asked for by name never silently becomes
+another.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sat.layout import BlockLayout
+from sat.ops import checks, reference, torch_blocks, torch_operations
+from sat.ops.types import AttentionStatistics
+
+__all__ = [
+    "AttentionStatistics",
+    "attention_statistics",
+    "block_sparse_attention",
+    "matmul",
+    "sddmm",
+    "sparse_softmax",
+    "spmm",
+]
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+Pruned = Literal["drop", "zero"]
+
+
+def _choose_backend(backend: str) -> str:
+    checks.check_choice("backend", backend, ("auto", "reference", "torch", "triton"))
+    if backend == "triton":
+        raise RuntimeError("backend='triton' is not part of this version of SAT; use 'torch' or 'auto'")
+    return "torch" if backend == "auto" else backend
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    pruned: Pruned = "drop",
+    backend: Backend = "auto",
+    fused: bool = True,
+) -> Tensor:
+    """Scaled dot-product attention over the kept blocks; exact, differentiable in query, key, value and bias.
+
+    Args:
+        query: ``[B, H, L, D]``, any strides.
+        key: ``[B, H, S, D]``.
+        value: ``[B, H, S, D]``.
+        layout: which blocks exist; one for each head or one that all share.
+        key_padding_mask: bool ``[B, S]``, True = a real token, as in ``scaled_dot_product_attention``.
+        query_padding_mask: bool ``[B, L]``, True = a real token. Padded queries give 0, and whole blocks of them cost
+            nothing.
+        attn_bias: broadcastable to ``[B, H, L, S]``, added to the scaled scores.
+        is_causal: query i sees keys 0 to i only, exact to the element.
+        dropout_p: probability with which a weight is dropped. The random stream is PyTorch's on the CPU; which weights
+            fall differs between backends.
+        scale: factor of the scores, ``D ** -0.5`` by default.
+        pruned: ``"drop"`` leaves entries outside the layout out of the softmax. ``"zero"`` counts each of them as a
+            logit of 0 in the denominator, as the paper's kernel does (Yoon et al. 2024, section 2 of its softmax),
+            except those that ``key_padding_mask`` or ``is_causal`` forbid.
+        backend: see the module.
+        fused: False composes :func:`sddmm`, :func:`sparse_softmax` and :func:`spmm`, which holds the kept scores.
+
+    Returns:
+        ``[B, H, L, D]`` in the dtype of ``query``. A query without a single kept key gives 0, and gradients 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not go together.
+        RuntimeError: the backend is not available here.
+    """
+    checks.check_query_key(query, key, value)
+    checks.check_layout(layout, query, "query")
+    batch, heads, query_length, head_dim = query.shape
+    key_length = key.shape[2]
+    checks.check_lengths(layout, query_length, key_length)
+    checks.check_padding("key_padding_mask", key_padding_mask, batch, key_length, query.device)
+    checks.check_padding("query_padding_mask", query_padding_mask, batch, query_length, query.device)
+    attn_bias = checks.check_bias(attn_bias, (batch, heads, query_length, key_length), query.device)
+    checks.check_probability("dropout_p", dropout_p)
+    checks.check_choice("pruned", pruned, ("drop", "zero"))
+    backend_name = _choose_backend(backend)
+    scale = head_dim**-0.5 if scale is None else scale
+    if not fused:
+        scores = sddmm(query, key, layout, backend=backend)
+        weights = sparse_softmax(
+            scores,
+            layout,
+            scale=scale,
+            attn_bias=attn_bias,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            pruned=pruned,
+            num_heads=heads,
+            query_length=query_length,
+            key_length=key_length,
+            backend=backend,
+        )
+        context = spmm(F.dropout(weights, dropout_p), value, layout, output_length=query_length, backend=backend)
+        return context if query_padding_mask is None else context * query_padding_mask[:, None, :, None]
+    if backend_name == "reference":
+        return reference.block_sparse_attention(
+            query,
+            key,
+            value,
+            layout,
+            dropout_p=dropout_p,
+            key_padding_mask=key_padding_mask,
+            query_padding_mask=query_padding_mask,
+            attn_bias=attn_bias,
+            is_causal=is_causal,
+            scale=scale,
+            pruned=pruned,
+        )
+    seed = torch.randint(2**62, ()) if dropout_p > 0 else None
+    return torch_blocks.block_attention(
+        query,
+        key,
+        value,
+        layout.mask,
+        layout.block_size,
+        key_padding_mask,
+        query_padding_mask,
+        attn_bias,
+        seed,
+        dropout_p,
+        scale,
+        is_causal,
+        pruned == "zero",
+    )[0]
+
+
+def sddmm(query: Tensor, key: Tensor, layout: BlockLayout, *, backend: Backend = "auto") -> Tensor:
+    """The kept blocks of ``query @ key^T`` (sampled dense-dense matrix product).
+
+    Args:
+        query: ``[B, H, L, D]``.
+        key: ``[B, H, S, D]``.
+        layout: the blocks to compute.
+        backend: see the module.
+
+    Returns:
+        ``[B, nnz, b, b]``, not scaled. Where the last block reaches past the end of the sequence, its entries are
+        -inf: they are no positions, and a softmax gives them no weight.
+    """
+    checks.check_query_key(query, key)
+    checks.check_layout(layout, query, "query")
+    checks.check_lengths(layout, query.shape[2], key.shape[2])
+    if _choose_backend(backend) == "reference":
+        return reference.sddmm(query, key, layout)
+    return torch_operations.sddmm(query, key, layout.mask, _total_blocks(layout, query), layout.block_size, -torch.inf)
+
+
+def sparse_softmax(
+    scores: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float = 1.0,
+    attn_bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    pruned: Pruned = "drop",
+    num_heads: int | None = None,
+    query_length: int | None = None,
+    key_length: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Softmax of ``scores * scale + attn_bias`` over the kept blocks of each row, computed in float32 or better.
+
+    Args:
+        scores: ``[B, nnz, b, b]``, from :func:`sddmm`.
+        layout: where these blocks lie.
+        scale: factor of the scores; the bias is not scaled.
+        attn_bias: broadcastable to ``[B, H, L, S]``.
+        key_padding_mask: bool ``[B, S]``, True = a real token.
+        is_causal: query i sees keys 0 to i only.
+        pruned: as in :func:`block_sparse_attention`.
+        num_heads: heads that share a layout of one head; by default inferred from the number of blocks.
+        query_length: L, by default from ``attn_bias``, or whole blocks.
+        key_length: S, by default from ``key_padding_mask`` or ``attn_bias``, or whole blocks. With
+            ``pruned="zero"`` and a partial last block it must be known.
+        backend: see the module.
+
+    Returns:
+        ``[B, nnz, b, b]`` in the dtype of ``scores``. Rows without a single kept key are 0.
+    """
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
+    if num_heads is None:
+        shared = layout.num_heads == 1 and layout.nnz > 0
+        num_heads = scores.shape[1] // layout.nnz if shared else layout.num_heads
+    checks.check_values("scores", scores, layout, num_heads)
+    checks.check_choice("pruned", pruned, ("drop", "zero"))
+    size, batch = layout.block_size, scores.shape[0]
+    bias_lengths = (1, 1) if attn_bias is None or attn_bias.dim() < 2 else tuple(attn_bias.shape[-2:])
+    if key_length is None and key_padding_mask is not None:
+        key_length = key_padding_mask.shape[-1]
+    lengths = []
+    for given, bias_length, blocks in zip((query_length, key_length), bias_lengths, layout.shape, strict=True):
+        lengths.append(given if given is not None else bias_length if bias_length > 1 else blocks * size)
+    query_length, key_length = lengths
+    checks.check_lengths(layout, query_length, key_length)
+    checks.check_padding("key_padding_mask", key_padding_mask, batch, key_length, scores.device)
+    attn_bias = checks.check_bias(attn_bias, (batch, num_heads, query_length, key_length), scores.device)
+    if _choose_backend(backend) == "reference":
+        return reference.sparse_softmax(
+            scores,
+            layout,
+            num_heads=num_heads,
+            query_length=query_length,
+            key_length=key_length,
+            scale=scale,
+            attn_bias=attn_bias,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            pruned=pruned,
+        )
+    bias_blocks = None
+    if attn_bias is not None:
+        compute = torch.promote_types(scores.dtype, torch.float32)
+        expanded = attn_bias.expand(-1, num_heads, query_length, key_length)
+        bias_blocks = torch_operations.gather_blocks(expanded, layout, 0.0).to(compute)
+    allowed_blocks, allowed_totals = torch_operations.allowed_blocks(
+        layout, num_heads, query_length, key_length, key_padding_mask, is_causal
+    )
+    return torch_operations.sparse_softmax(
+        scores,
+        bias_blocks,
+        allowed_blocks,
+        allowed_totals if pruned == "zero" else None,
+        layout.mask,
+        num_heads,
+        scale,
+    )
+
+
+def spmm(
+    weights: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    transpose: bool = False,
+    output_length: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Block-sparse times dense: ``weights @ value``, or ``weights^T @ value``.
+
+    Args:
+        weights: ``[B, nnz, b, b]``, the values of a block-sparse ``[B, H, L, S]``.
+        value: ``[B, H, S, D]``; with ``transpose`` ``[B, H, L, D]``.
+        layout: where the blocks lie.
+        transpose: multiply by the transposed matrix.
+        output_length: rows of the result. By default that of ``value`` for a square layout, else whole blocks.
+        backend: see the module.
+
+    Returns:
+        ``[B, H, L, D]``; with ``transpose`` ``[B, H, S, D]``. Rows without a block are 0.
+    """
+    checks.check_dense(value=value)
+    checks.check_layout(layout, value, "value")
+    checks.check_values("weights", weights, layout, value.shape[1])
+    if weights.dtype != value.dtype:
+        raise TypeError(f"weights are {weights.dtype} but value is {value.dtype}; convert them to one dtype")
+    if weights.shape[0] != value.shape[0]:
+        raise ValueError(f"weights have a batch of {weights.shape[0]}, value one of {value.shape[0]}")
+    rows, columns = layout.shape
+    if output_length is None:
+        output_length = value.shape[2] if rows == columns else (columns if transpose else rows) * layout.block_size
+    lengths = (value.shape[2], output_length) if transpose else (output_length, value.shape[2])
+    checks.check_lengths(layout, *lengths)
+    if _choose_backend(backend) == "reference":
+        return reference.spmm(weights, value, layout, transpose=transpose, output_length=output_length)
+    return torch_operations.spmm(weights, value, layout.mask, transpose, output_length)
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    layout: BlockLayout,
+    mode: Literal["sdd", "dsd", "dds"],
+    *,
+    trans_a: bool = False,
+    trans_b: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Matrix product with one block-sparse operand, in the modes of DeepSpeed's Sparse Attention.
+
+    ``"sdd"``: sparse = dense x dense, ``"dsd"``: dense = sparse x dense, ``"dds"``: dense = dense x sparse. A sparse
+    operand or result is ``[B, nnz, b, b]``; dense ones are ``[B, H, rows, columns]``, and are read transposed under
+    ``trans_a`` / ``trans_b``, as is a sparse one. Where a result's last block reaches past the end, it holds 0.
+
+    Raises:
+        ValueError, TypeError: an unknown mode, or operands that do not go together.
+    """
+    checks.check_choice("mode", mode, ("sdd", "dsd", "dds"))
+    if mode == "sdd":
+        query = a.transpose(-1, -2) if trans_a else a
+        key = b if trans_b else b.transpose(-1, -2)
+        scores = sddmm(query, key, layout, backend=backend)
+        partial = query.shape[2] % layout.block_size or key.shape[2] % layout.block_size
+        return scores.masked_fill(scores == -torch.inf, 0) if partial else scores
+    if mode == "dsd":
+        return spmm(a, b.transpose(-1, -2) if trans_b else b, layout, transpose=trans_a, backend=backend)
+    dense = a if trans_a else a.transpose(-1, -2)
+    return spmm(b, dense, layout, transpose=not trans_b, backend=backend).transpose(-1, -2)
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    score_matrix: bool = False,
+    backend: Backend = "auto",
+) -> AttentionStatistics:
+    """What the dense phase learns from one layer: pooled weights, skewness and the score matrix (paper, section 3).
+
+    The score matrix is the mean of ``softmax(query key^T scale)`` over batch and heads. Nothing of size
+    ``[B, H, L, S]`` is held, except by the reference. Not differentiable.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        key: ``[B, H, S, D]``.
+        block_size: edge of the blocks that the weights are averaged over, in tokens.
+        key_padding_mask: bool ``[B, S]``, True = a real token.
+        query_padding_mask: bool ``[B, L]``; rows of padded queries count as 0.
+        is_causal: query i sees keys 0 to i only.
+        scale: factor of the scores, ``D ** -0.5`` by default.
+        score_matrix: also return the score matrix, ``[L, S]``.
+        backend: see the module.
+
+    Returns:
+        Means over the batch (and, for skewness and score matrix, heads), float32. A constant score matrix has the
+        skewness 0.
+    """
+    checks.check_query_key(query, key)
+    batch, _, query_length, head_dim = query.shape
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be a whole number of at least 1, got {block_size!r}")
+    checks.check_padding("key_padding_mask", key_padding_mask, batch, key.shape[2], query.device)
+    checks.check_padding("query_padding_mask", query_padding_mask, batch, query_length, query.device)
+    scale = head_dim**-0.5 if scale is None else scale
+    query, key = query.detach(), key.detach()
+    if _choose_backend(backend) == "reference":
+        return reference.attention_statistics(
+            query,
+            key,
+            block_size,
+            key_padding_mask=key_padding_mask,
+            query_padding_mask=query_padding_mask,
+            is_causal=is_causal,
+            scale=scale,
+            score_matrix=score_matrix,
+        )
+    pooled, skewness, matrix = torch_operations.attention_statistics(
+        query, key, block_size, key_padding_mask, query_padding_mask, is_causal, scale, score_matrix
+    )
+    return AttentionStatistics(pooled, skewness, matrix if score_matrix else None)
+
+
+def _total_blocks(layout: BlockLayout, x: Tensor) -> int:
+    """Kept blocks over all heads of ``[B, H, ...]``; a shared layout counts once a head."""
+    return layout.nnz * (x.shape[1] // layout.num_heads)

@@ -1,0 +1,124 @@
+"""Floor 1: refuse bad arguments before any work, with a sentence that says what was given and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sat.layout import BlockLayout
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def shape_text(x: Tensor) -> str:
+    """A tensor's shape for a message, ``[2, 4, 8]``."""
+    return str(list(x.shape))
+
+
+def check_dense(**tensors: Tensor) -> None:
+    """Tensors ``[B, H, length, D]`` of one floating dtype on one device, none of them empty."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [batch, heads, length, head dimension], got the shape {shape_text(x)}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} is empty: its shape is {shape_text(x)}, every dimension must be at least 1")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{first_name} is {first.dtype} but {name} is {x.dtype}; convert them to one dtype")
+        if x.device != first.device:
+            raise ValueError(f"{first_name} is on {first.device} but {name} is on {x.device}; move them to one device")
+
+
+def check_query_key(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
+    """Query ``[B, H, L, D]`` and key (and value) ``[B, H, S, D]`` that go together."""
+    tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    check_dense(**tensors)
+    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"query and key must agree in batch, heads and head dimension, got {shape_text(query)} and "
+            f"{shape_text(key)}"
+        )
+    if value is not None and value.shape != key.shape:
+        raise ValueError(f"key and value must have one shape, got {shape_text(key)} and {shape_text(value)}")
+
+
+def check_layout(layout: BlockLayout, x: Tensor, name: str) -> None:
+    """A layout for the batch, heads and device of a tensor ``[B, H, ...]``."""
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
+    if layout.num_heads not in (1, x.shape[1]):
+        raise ValueError(
+            f"the layout has {layout.num_heads} heads but {name} has {x.shape[1]}; a layout is for as many heads or "
+            f"for 1, which all heads share"
+        )
+    if layout.device != x.device:
+        raise ValueError(f"the layout is on {layout.device} but {name} is on {x.device}; use layout.to({x.device})")
+
+
+def check_lengths(layout: BlockLayout, query_length: int, key_length: int) -> None:
+    """A layout that covers the lengths exactly."""
+    layout._check_fits(query_length, key_length)
+
+
+def check_padding(name: str, mask: Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    """A padding mask: bool ``[B, length]``, True = a real token."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor with True for real tokens, got {mask.dtype}; use mask.bool()")
+    if tuple(mask.shape) != (batch, length):
+        raise ValueError(f"{name} must have the shape [{batch}, {length}], got {shape_text(mask)}")
+    if mask.device != device:
+        raise ValueError(f"{name} is on {mask.device}, the tensors are on {device}; move it there")
+
+
+def check_bias(bias: Tensor | None, shape: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
+    """A bias broadcastable to ``[B, H, L, S]``; returned with four dimensions, expanded ones narrowed to 1."""
+    if bias is None:
+        return None
+    if not bias.is_floating_point():
+        hint = "; pass what may be attended to as key_padding_mask, is_causal or the layout" * (
+            bias.dtype == torch.bool
+        )
+        raise TypeError(
+            f"attn_bias must be a floating-point tensor that is added to the scores, got {bias.dtype}{hint}"
+        )
+    if bias.dim() > 4 or any(
+        have not in (1, want) for have, want in zip(reversed(bias.shape), reversed(shape), strict=False)
+    ):
+        raise ValueError(f"attn_bias must be broadcastable to {list(shape)}, got {shape_text(bias)}")
+    if bias.device != device:
+        raise ValueError(f"attn_bias is on {bias.device}, the tensors are on {device}; move it there")
+    bias = bias[(None,) * (4 - bias.dim())]
+    for dim in range(4):
+        if bias.stride(dim) == 0 and bias.shape[dim] > 1:  # from expand(): one copy is enough
+            bias = bias.narrow(dim, 0, 1)
+    return bias
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_probability(name: str, value: float) -> None:
+    """A number in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+
+
+def check_values(name: str, values: Tensor, layout: BlockLayout, num_heads: int) -> None:
+    """Block values ``[B, nnz, b, b]`` of a layout used by ``num_heads`` heads."""
+    if values.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
+    expected = (layout.nnz * (num_heads // layout.num_heads), layout.block_size, layout.block_size)
+    if values.dim() != 4 or tuple(values.shape[1:]) != expected:
+        raise ValueError(
+            f"{name} must hold the kept blocks of the layout, [batch, {', '.join(map(str, expected))}], got "
+            f"{shape_text(values)}"
+        )

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from sat.layout import FORMAT_VERSION, BlockLayout
+
+
+def layout(*rows: str, size: int = 4) -> BlockLayout:
+    """A layout of one head, drawn: ``#`` is kept."""
+    return BlockLayout(torch.tensor([[c == "#" for c in row] for row in rows]), size)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**31))
+def test_indices_are_torchs_and_scipys(heads, rows, columns, size, seed):
+    mask = torch.rand(heads, rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.4
+    made = BlockLayout(mask, size)
+    assert made.nnz == int(mask.sum())
+    assert made.density == pytest.approx(mask.float().mean().item())
+    assert made.crow_indices.dtype == made.col_indices.dtype == torch.int32
+    for head in range(heads):
+        dense = mask[head].numpy().repeat(size, 0).repeat(size, 1)
+        bsr = scipy.sparse.bsr_array(dense.astype(float), blocksize=(size, size))
+        bsc = scipy.sparse.csc_array(mask[head].numpy())
+        start, end = made.crow_indices[head, [0, -1]].tolist()
+        assert (made.crow_indices[head] - start).tolist() == bsr.indptr.tolist()
+        assert made.col_indices[start:end].tolist() == bsr.indices.tolist()
+        start, end = made.ccol_indices[head, [0, -1]].tolist()
+        assert (made.ccol_indices[head] - start).tolist() == bsc.indptr.tolist()
+        assert made.row_indices[start:end].tolist() == bsc.indices.tolist()
+        assert (made.to_scipy(head).toarray() == dense).all()
+    assert made.crow_indices[-1, -1] == made.ccol_indices[-1, -1] == made.nnz
+
+
+def test_element_mask_of_a_partial_last_block():
+    made = layout("#.", ".#", size=3)
+    expected = np.array([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]], dtype=bool)
+    assert (made.element_mask(5, 4)[0].numpy() == expected).all()
+    assert made.fits(4, 6)
+    assert not made.fits(7, 6)
+    with pytest.raises(ValueError, match="2 x 2 blocks of 3 does not fit 7 queries and 6 keys: these need 3 x 2"):
+        made.element_mask(7, 6)
+
+
+def test_one_mask_without_heads_is_shared():
+    made = layout("##", "..")
+    assert made.mask.shape == (1, 2, 2)
+    assert made.num_heads == 1
+    assert made.shape == (2, 2)
+    assert repr(made) == "BlockLayout(1 head, 2 x 2 blocks of 4, density 0.500)"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("heads", [1, 2])
+def test_to_block_mask_computes_the_same_attention(heads):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = torch.rand(heads, 3, 3) < 0.5
+    mask[:, range(3), range(3)] = True
+    made = BlockLayout(mask, 16)
+    query, key, value = torch.randn(3, 1, 2, 45, 8).unbind(0)
+    block_mask = made.to_block_mask(45, 45)
+    assert (block_mask.to_dense()[0].bool() == mask).all()
+    ours = flex_attention(query, key, value, block_mask=block_mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=made.element_mask(45, 45))
+    torch.testing.assert_close(ours, expected)
+
+
+class TestFiles:
+    def test_round_trip(self, tmp_path):
+        made = BlockLayout(torch.rand(3, 4, 5) < 0.3, 16)
+        made.save(tmp_path / "layer0.safetensors")
+        assert BlockLayout.load(tmp_path / "layer0.safetensors") == made
+        assert [p.name for p in tmp_path.iterdir()] == ["layer0.safetensors"]
+
+    def test_failed_save_keeps_the_old_file(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.safetensors"
+        old = layout("#.", ".#")
+        old.save(path)
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("sat.layout.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            layout("##", "##").save(path)
+        assert BlockLayout.load(path) == old
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_bad_files_are_refused(self, tmp_path):
+        path = tmp_path / "a.safetensors"
+        with pytest.raises(FileNotFoundError, match="no layout file at .*a.safetensors"):
+            BlockLayout.load(path)
+        path.write_bytes(b"not a layout")
+        with pytest.raises(ValueError, match="not a whole layout file"):
+            BlockLayout.load(path)
+        layout("#.", ".#").save(path)
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(ValueError, match="not a whole layout file"):
+            BlockLayout.load(path)
+        save_file({"mask": torch.ones(2, 2)}, path)
+        with pytest.raises(ValueError, match="not a layout written by BlockLayout.save"):
+            BlockLayout.load(path)
+        newer = {"format": "sat.BlockLayout", "version": str(FORMAT_VERSION + 1), "block_size": "4"}
+        save_file({"mask": torch.ones(2, 2, dtype=torch.bool)}, path, metadata=newer)
+        with pytest.raises(ValueError, match=f"format {FORMAT_VERSION + 1}, this version of SAT reads up to"):
+            BlockLayout.load(path)
+
+
+@pytest.mark.parametrize(
+    ("mask", "size", "error", "message"),
+    [
+        (torch.ones(2, 2), 4, TypeError, "torch.bool tensor, got torch.float32"),
+        ([[True]], 4, TypeError, "torch.bool tensor, got list"),
+        (torch.ones(2, dtype=torch.bool), 4, ValueError, r"got the shape \[2\]"),
+        (torch.ones(0, 2, dtype=torch.bool), 4, ValueError, "none of them 0"),
+        (torch.ones(2, 2, dtype=torch.bool), 0, ValueError, "at least 1, got 0"),
+        (torch.ones(2, 2, dtype=torch.bool), 4.0, TypeError, "must be an integer, got 4.0"),
+    ],
+)
+def test_bad_layouts_are_refused(mask, size, error, message):
+    with pytest.raises(error, match=message):
+        BlockLayout(mask, size)
+
+
+def test_no_such_head():
+    with pytest.raises(IndexError, match="head 1 asked for, but the layout has the heads 0 to 0"):
+        layout("#.", ".#").to_scipy(1)
