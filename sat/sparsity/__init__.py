@@ -1,0 +1,28 @@
+"""Floor 2: how sparsity is learned. Knows nothing of Lightning, models or attention modules."""
+
+from sat.sparsity.controller import Phase, SparsityController, Transition
+from sat.sparsity.criterion import Criterion, Verdict
+from sat.sparsity.masks import BilinearMask, DirectMask, GramMask, MaskLearner, MaskName, make_mask
+from sat.sparsity.selection import select_blocks
+from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass, distance, skewness
+
+__all__ = [
+    "BilinearMask",
+    "Criterion",
+    "DirectMask",
+    "GramMask",
+    "LayerHistory",
+    "MaskLearner",
+    "MaskName",
+    "Phase",
+    "SparsityController",
+    "Transition",
+    "Verdict",
+    "best_mass",
+    "block_mass",
+    "captured_mass",
+    "distance",
+    "make_mask",
+    "select_blocks",
+    "skewness",
+]

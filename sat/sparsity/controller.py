@@ -1,0 +1,396 @@
+"""Floor 2: the phase machine. Statistics go in, block layouts come out.
+
+Everything here lives on the CPU, except for the score matrices that successive observations are compared with: these
+stay where they came from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sat.layout import BlockLayout
+from sat.sparsity.criterion import Criterion, Verdict
+from sat.sparsity.masks import MaskLearner, MaskName, make_mask
+from sat.sparsity.selection import check_selection, select_blocks
+from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass
+
+if TYPE_CHECKING:  # the type only: importing the operators would load Triton
+    from sat.ops.types import AttentionStatistics
+
+Phase = Literal["dense", "sparse"]
+
+
+class Transition(NamedTuple):
+    """One layer leaves the dense phase.
+
+    Attributes:
+        layer: its index.
+        layout: the blocks it keeps, on the CPU; 1 head when the layout is shared.
+        step: optimizer steps done.
+        forced: ``max_dense_steps`` was reached without the criterion.
+        missing: what this layer's criterion lacked at a forced transition; empty if this layer was ready itself.
+        density: kept blocks over all blocks, 0 to 1.
+        captured_mass: share of the attention mass that the kept blocks hold.
+        best_mass: the largest share that as many blocks could hold.
+        empty_rows: block rows without a block, summed over the layout's heads.
+        skewness: what the criterion compared with theta.
+        relative_change: what the criterion compared with delta, in percent; nan if too early to tell.
+    """
+
+    layer: int
+    layout: BlockLayout
+    step: int
+    forced: bool
+    missing: str
+    density: float
+    captured_mass: float
+    best_mass: float
+    empty_rows: int
+    skewness: float
+    relative_change: float
+
+
+class _Layer:
+    """One layer's part of the state: dense as long as it has no layout."""
+
+    def __init__(self, history: LayerHistory, learner: MaskLearner) -> None:
+        self.history = history
+        self.learner: MaskLearner | None = learner
+        self.verdict = Verdict(False, 0, "no observation yet")
+        self.layout: BlockLayout | None = None
+        self.transition_step: int | None = None
+
+
+class SparsityController:
+    """Decides when each layer leaves the dense phase, and which blocks it keeps.
+
+    The mask learners live here, with optimizers of their own: no gradient reaches the model, and the model's own
+    optimizer never changes. The same observations in the same order give the same decisions, so ranks that are fed
+    averaged statistics agree without talking to each other.
+
+    Captured and best mass are measured on the observation at which the transition happens, not on a running mean: a
+    plain number that can be checked. With a noisy observation (few samples) both vary together. ``coverage`` counts
+    mass on that same observation, while the order of the blocks comes from the learner, which has averaged.
+
+    Args:
+        num_layers: number of attention layers.
+        num_heads: heads of each layer.
+        grid: ``(M, N)``, block rows and columns.
+        block_size: edge of a block in tokens.
+        lengths: ``(L, S)``, query and key length in tokens.
+        theta: see :class:`Criterion`, as ``delta``, ``smoothing`` and ``patience``.
+        delta: in percent.
+        smoothing: 0 is the paper's rule.
+        patience: in observations.
+        per_layer: True: each layer leaves when it is ready. False (the paper's): all leave together, at the first
+            observation at which every layer is ready.
+        min_dense_steps: no transition before this many optimizer steps.
+        max_dense_steps: at the first observation from this step on, layers that are still dense leave, ready or not.
+        mask: ``"direct"``, ``"bilinear"`` or ``"gram"`` (the paper's), see :func:`make_mask`.
+        mask_rank: rank of the gram and bilinear masks.
+        mask_lr: learning rate of the masks, in units of uniform attention.
+        mask_steps: gradient steps of the masks at each observation.
+        density: share of blocks to keep; see :func:`select_blocks` for this and what follows.
+        coverage: share of attention mass to keep, instead of a density.
+        min_density: bound for ``coverage``.
+        max_density: bound for ``coverage``.
+        per_head: one layout a head; otherwise one that all heads of a layer share (the paper's).
+        keep_diagonal: the paper's selection does not.
+        min_blocks_per_row: 0 in the paper's selection.
+        causal: only blocks of the lower triangle.
+        seed: of the masks' initial values; the global generator is not touched.
+
+    Raises:
+        ValueError: a value is out of range, or the grid does not fit the lengths.
+
+    Source: Yoon et al., IEEE Access 12 (2024), the three phases of SAT.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        block_size: int,
+        lengths: tuple[int, int],
+        *,
+        theta: float = 1.7,
+        delta: float = 1.3,
+        smoothing: float = 0.0,
+        patience: int = 1,
+        per_layer: bool = False,
+        min_dense_steps: int = 0,
+        max_dense_steps: int | None = None,
+        mask: MaskName = "direct",
+        mask_rank: int = 32,
+        mask_lr: float = 0.05,
+        mask_steps: int = 10,
+        density: float | None = None,
+        coverage: float | None = None,
+        min_density: float = 0.0,
+        max_density: float = 1.0,
+        per_head: bool = False,
+        keep_diagonal: bool = True,
+        min_blocks_per_row: int = 1,
+        causal: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.num_layers, self.num_heads, self.block_size = num_layers, num_heads, block_size
+        self.grid, self.lengths = (grid[0], grid[1]), (lengths[0], lengths[1])
+        self.criterion = Criterion(theta, delta, smoothing, patience)
+        self.per_layer, self.per_head, self.mask = per_layer, per_head, mask
+        self.min_dense_steps, self.max_dense_steps = min_dense_steps, max_dense_steps
+        self.mask_rank, self.mask_lr, self.mask_steps = mask_rank, mask_lr, mask_steps
+        self._check_settings()
+        check_selection(density, coverage, min_density, max_density, min_blocks_per_row, self.grid[1])
+        self._selection: dict[str, Any] = {
+            "density": density,
+            "coverage": coverage,
+            "min_density": min_density,
+            "max_density": max_density,
+            "keep_diagonal": keep_diagonal,
+            "min_blocks_per_row": min_blocks_per_row,
+            "causal": causal,
+        }
+        # One generator for all layers in turn: they start differently, and the same for the same seed.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        self._layers = [_Layer(LayerHistory(smoothing), self._learner(generator)) for _ in range(num_layers)]
+
+    def _check_settings(self) -> None:
+        at_least_one = {
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "block_size": self.block_size,
+            "the query length": self.lengths[0],
+            "the key length": self.lengths[1],
+            "mask_steps": self.mask_steps,
+        }
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        expected = (-(-self.lengths[0] // self.block_size), -(-self.lengths[1] // self.block_size))
+        if self.grid != expected:
+            raise ValueError(
+                f"grid is {self.grid}, but {self.lengths[0]} queries and {self.lengths[1]} keys in blocks of "
+                f"{self.block_size} make {expected}; give that, or another block_size"
+            )
+        if not 0 < self.mask_lr < math.inf:
+            raise ValueError(f"mask_lr must be above 0 and finite, got {self.mask_lr}; 0.05 fits within 100 steps")
+        if self.min_dense_steps < 0:
+            raise ValueError(f"min_dense_steps must be at least 0, got {self.min_dense_steps}; 0 sets no minimum")
+        if self.max_dense_steps is not None and self.max_dense_steps < max(1, self.min_dense_steps):
+            raise ValueError(
+                f"max_dense_steps must be at least 1 and at least min_dense_steps ({self.min_dense_steps}), got "
+                f"{self.max_dense_steps}; None waits for the criterion without end"
+            )
+
+    def _learner(self, generator: torch.Generator) -> MaskLearner:
+        num_layouts = self.num_heads if self.per_head else 1
+        mask = make_mask(self.mask, self.grid, num_layouts=num_layouts, rank=self.mask_rank, generator=generator)
+        return MaskLearner(mask, self.mask_lr)
+
+    # What the outside asks.
+
+    def phase(self, layer: int) -> Phase:
+        """The layer's phase, from stored state."""
+        return "dense" if self._layers[layer].layout is None else "sparse"
+
+    @property
+    def all_sparse(self) -> bool:
+        """Whether every layer has left the dense phase."""
+        return all(layer.layout is not None for layer in self._layers)
+
+    @property
+    def dense_layers(self) -> list[int]:
+        """The layers whose statistics the next observation needs."""
+        return [index for index, layer in enumerate(self._layers) if layer.layout is None]
+
+    @property
+    def layouts(self) -> list[BlockLayout | None]:
+        """Each layer's layout, on the CPU; None while it is dense."""
+        return [layer.layout for layer in self._layers]
+
+    @property
+    def transition_steps(self) -> list[int | None]:
+        """The step at which each layer left the dense phase; None while it is dense."""
+        return [layer.transition_step for layer in self._layers]
+
+    @property
+    def missing(self) -> list[str]:
+        """What each layer's criterion lacked at its latest observation, for people; empty if it was met."""
+        return [layer.verdict.missing for layer in self._layers]
+
+    @property
+    def latest(self) -> list[dict[str, float]]:
+        """Each layer's latest values, for logging: skewness, distance, relative_change (percent), met (0 or 1).
+
+        The values are those that the criterion compares, thus after smoothing; nan where not defined yet. A sparse
+        layer keeps its last ones.
+        """
+        return [
+            {
+                "skewness": _or_nan(layer.history.skewness),
+                "distance": _or_nan(layer.history.distance),
+                "relative_change": _or_nan(layer.history.relative_change),
+                "met": float(layer.verdict.met),
+            }
+            for layer in self._layers
+        ]
+
+    # What happens.
+
+    def observe(self, step: int, statistics: Mapping[int, AttentionStatistics]) -> list[Transition]:
+        """Take in the statistics of all layers that are still dense.
+
+        A refused observation leaves the controller as it was.
+
+        Args:
+            step: optimizer steps already done.
+            statistics: layer index -> statistics, with the score matrix; exactly the ``dense_layers``. The controller
+                keeps the score matrices: do not write to them afterwards.
+
+        Returns:
+            The transitions that happen now, in the order of the layers; usually none.
+
+        Raises:
+            ValueError: a layer too many or too few, a shape that does not fit, or no score matrix.
+            FloatingPointError: a statistic is NaN or infinite.
+        """
+        dense = self.dense_layers
+        if sorted(statistics) != dense:
+            raise ValueError(
+                f"an observation needs the statistics of exactly the layers still dense, {dense}, got "
+                f"{sorted(statistics)} at step {step}"
+            )
+        matrices = {index: self._checked(step, index, statistics[index]) for index in dense}
+
+        for index in dense:
+            layer, observed = self._layers[index], statistics[index]
+            assert layer.learner is not None
+            layer.history.update(matrices[index], observed.skewness.item())
+            layer.learner.fit(observed.pooled, self.lengths[1], self.mask_steps)
+            layer.verdict = self.criterion.judge(layer.history, layer.verdict.streak)
+
+        if step < self.min_dense_steps:
+            return []
+        ready = [index for index in dense if self._layers[index].verdict.met]
+        if not self.per_layer and ready != dense:
+            ready = []
+        overdue = self.max_dense_steps is not None and step >= self.max_dense_steps
+        return [
+            self._leave_dense(step, index, statistics[index].pooled, forced=index not in ready)
+            for index in (dense if overdue else ready)
+        ]
+
+    def _checked(self, step: int, index: int, statistics: AttentionStatistics) -> Tensor:
+        """The score matrix of statistics that are whole and finite."""
+        matrix = statistics.score_matrix
+        if matrix is None:
+            raise ValueError(
+                f"layer {index} at step {step}: the statistics have no score matrix, which the distance is measured "
+                f"on; ask for it with attention_statistics(..., score_matrix=True)"
+            )
+        expected = {"pooled": [self.num_heads, *self.grid], "skewness": [], "score_matrix": list(self.lengths)}
+        for name, shape in expected.items():
+            value: Tensor = getattr(statistics, name)
+            if list(value.shape) != shape:
+                raise ValueError(f"layer {index} at step {step}: {name} must be {shape}, got {list(value.shape)}")
+            if not value.isfinite().all():
+                raise FloatingPointError(
+                    f"layer {index} at step {step}: {name} contains NaN or infinite values, so the attention does; "
+                    f"look for a diverged loss or an overflow of the training precision"
+                )
+        return matrix
+
+    def _leave_dense(self, step: int, index: int, pooled: Tensor, forced: bool) -> Transition:
+        layer = self._layers[index]
+        assert layer.learner is not None
+        pooled = pooled.detach().cpu()
+        mass = block_mass(pooled, self.block_size, *self.lengths)
+        if not self.per_head:
+            mass = mass.mean(0, keepdim=True)
+        kept = select_blocks(layer.learner.scores(), mass=mass, **self._selection)
+
+        layer.layout = layout = BlockLayout(kept, self.block_size)
+        layer.transition_step = step
+        layer.learner = None
+        layer.history.drop_matrix()
+        return Transition(
+            layer=index,
+            layout=layout,
+            step=step,
+            forced=forced,
+            missing=layer.verdict.missing,
+            density=layout.density,
+            captured_mass=captured_mass(pooled, kept, self.block_size, *self.lengths),
+            best_mass=best_mass(pooled, kept, self.block_size, *self.lengths),
+            empty_rows=int((~kept.any(2)).sum()),
+            skewness=_or_nan(layer.history.skewness),
+            relative_change=_or_nan(layer.history.relative_change),
+        )
+
+    # What is saved.
+
+    def _structure(self) -> dict[str, Any]:
+        """The settings that a saved state must share with the controller that loads it."""
+        return {
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "grid": list(self.grid),
+            "block_size": self.block_size,
+            "lengths": list(self.lengths),
+            "per_head": self.per_head,
+            "mask": self.mask,
+            "mask_rank": self.mask_rank,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later decisions depend on: tensors, numbers and strings, in dicts and lists.
+
+        It loads with ``torch.load(weights_only=True)`` and does not change with further observations. As long as a
+        layer is dense, it includes the layer's score matrix ``[L, S]``, on its device.
+        """
+        layers = []
+        for layer in self._layers:
+            state: dict[str, Any] = {"history": layer.history.state_dict(), "verdict": layer.verdict._asdict()}
+            if layer.learner is not None:
+                state["learner"] = layer.learner.state_dict()
+            if layer.layout is not None:
+                state["layout"] = layer.layout.mask.clone()
+                state["transition_step"] = layer.transition_step
+            layers.append(state)
+        return {"structure": self._structure(), "layers": layers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; from here on the decisions are those of the saved controller.
+
+        Thresholds, bounds and budget stay as they were set here.
+
+        Raises:
+            ValueError: the state belongs to a controller of another structure (layers, heads, grid, mask).
+        """
+        for name, here in self._structure().items():
+            saved = state["structure"].get(name)
+            if saved != here:
+                raise ValueError(
+                    f"the saved sparsity state has {name} = {saved}, this controller {here}; load it with the "
+                    f"settings it was saved with"
+                )
+        for layer, saved in zip(self._layers, state["layers"], strict=True):
+            layer.history.load_state_dict(saved["history"])
+            layer.verdict = Verdict(**saved["verdict"])
+            layer.learner, layer.layout, layer.transition_step = None, None, saved.get("transition_step")
+            if "layout" in saved:
+                layer.layout = BlockLayout(saved["layout"].to("cpu", copy=True), self.block_size)
+            else:
+                layer.learner = self._learner(torch.Generator("cpu"))
+                layer.learner.load_state_dict(saved["learner"])
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,145 @@
+"""Floor 2: from scores to kept blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select_blocks(
+    scores: Tensor,
+    *,
+    density: float | None = None,
+    coverage: float | None = None,
+    mass: Tensor | None = None,
+    min_density: float = 0.0,
+    max_density: float = 1.0,
+    keep_diagonal: bool = True,
+    min_blocks_per_row: int = 1,
+    causal: bool = False,
+) -> Tensor:
+    """Keep the blocks of the largest score, each of the ``G`` layouts for itself.
+
+    Blocks that are kept in any case count inside the budget and win when they alone exceed it: the diagonal, and in
+    each row its best blocks until the row has ``min_blocks_per_row`` (a kept diagonal block is one of them). With
+    ``keep_diagonal=False, min_blocks_per_row=0`` this is the paper's selection, and rows may stay empty. Ties go to the
+    lower index, row by row.
+
+    Args:
+        scores: ``[G, M, N]``, larger = more important.
+        density: keep ``int(M * N * density)`` blocks, 0 < density <= 1. When causal, of the lower triangle's blocks.
+        coverage: instead of a density: keep the fewest blocks, in order of score, that hold this share of all mass,
+            0 < coverage <= 1, within the two bounds below.
+        mass: ``[G, M, N]``, share of attention in each block, for ``coverage``; see
+            :func:`sat.sparsity.statistics.block_mass`.
+        min_density: least share of blocks to keep, counted like ``density``.
+        max_density: largest share of blocks to keep, counted like ``density``.
+        keep_diagonal: keep the blocks ``(i, i)``; where ``M != N`` the blocks ``(i, i * N // M)``, from one corner to
+            the other, and when causal ``(i, min(i, N - 1))``, for a causal mask starts at the upper left corner.
+        min_blocks_per_row: least number of blocks in a row (or all that causality leaves).
+        causal: only blocks of the lower triangle, ``column <= row``, may be kept.
+
+    Returns:
+        bool ``[G, M, N]``, on the device of the scores.
+
+    Raises:
+        ValueError: a value is out of range, scores or masses contain NaN, or a shape does not fit.
+
+    Source: Yoon et al., IEEE Access 12 (2024), the transition of SAT (density); the rest is ours.
+    """
+    if scores.dim() != 3:
+        raise ValueError(f"scores are [layouts, rows, columns], got the shape {list(scores.shape)}")
+    num_layouts, rows, columns = scores.shape
+    check_selection(density, coverage, min_density, max_density, min_blocks_per_row, columns)
+    if scores.isnan().any():
+        raise ValueError("the scores of the blocks contain NaN, so there is no largest one; look for NaN in the model")
+
+    allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device)
+    if causal:
+        allowed = allowed.tril()
+    required = _required(scores, allowed, keep_diagonal, min_blocks_per_row, causal)
+
+    # In the order of choice: required blocks, then by score, and last what causality forbids.
+    tier = torch.where(required, 0, torch.where(allowed, 1, 2)).flatten(1)
+    by_score = scores.flatten(1).argsort(dim=1, descending=True, stable=True)
+    order = by_score.gather(1, tier.gather(1, by_score).argsort(dim=1, stable=True))
+
+    candidates = int(allowed.sum())
+    if density is not None:
+        budget = torch.full((num_layouts, 1), int(candidates * density), device=scores.device)
+    else:
+        assert coverage is not None
+        budget = _covering(_checked_mass(mass, scores).flatten(1).gather(1, order), coverage)
+        budget = budget.clamp(int(candidates * min_density), int(candidates * max_density))
+    budget = torch.maximum(budget, required.flatten(1).sum(1, keepdim=True)).clamp(max=candidates)
+
+    chosen = torch.arange(rows * columns, device=scores.device) < budget
+    return torch.zeros_like(chosen).scatter_(1, order, chosen).view(num_layouts, rows, columns)
+
+
+def check_selection(
+    density: float | None,
+    coverage: float | None,
+    min_density: float,
+    max_density: float,
+    min_blocks_per_row: int,
+    columns: int,
+) -> None:
+    """Refuse settings of :func:`select_blocks` that are out of range, with a sentence (ValueError)."""
+    if (density is None) == (coverage is None):
+        raise ValueError(
+            f"give either density or coverage, got density={density} and coverage={coverage}; density fixes the share "
+            f"of kept blocks, coverage the share of attention that they hold"
+        )
+    for name, value in (("density", density), ("coverage", coverage)):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{name} is a share and must be above 0 and at most 1, got {value}")
+    if not 0 <= min_density <= max_density <= 1:
+        raise ValueError(
+            f"the bounds must be 0 <= min_density <= max_density <= 1, got min_density={min_density} and "
+            f"max_density={max_density}"
+        )
+    if density is not None and not min_density <= density <= max_density:
+        raise ValueError(
+            f"density={density} lies outside its bounds {min_density} to {max_density}; leave min_density and "
+            f"max_density away, they are meant for coverage"
+        )
+    if not 0 <= min_blocks_per_row <= columns:
+        raise ValueError(
+            f"min_blocks_per_row must be 0 to {columns}, the blocks in a row, got {min_blocks_per_row}; 0 allows "
+            f"empty rows"
+        )
+
+
+def _required(scores: Tensor, allowed: Tensor, keep_diagonal: bool, min_blocks_per_row: int, causal: bool) -> Tensor:
+    """Blocks ``[G, M, N]`` that are kept whatever the budget."""
+    rows, columns = allowed.shape
+    required = torch.zeros_like(scores, dtype=torch.bool)
+    if keep_diagonal:
+        row = torch.arange(rows, device=scores.device)
+        required[:, row, row.clamp(max=columns - 1) if causal else row * columns // rows] = True
+    if min_blocks_per_row > 0:
+        # The same order of choice as for the whole layout, within each row.
+        tier = torch.where(required, 0, torch.where(allowed, 1, 2))
+        by_score = scores.argsort(dim=2, descending=True, stable=True)
+        order = by_score.gather(2, tier.gather(2, by_score).argsort(dim=2, stable=True))
+        required = required.scatter(2, order[..., :min_blocks_per_row], True)
+    return required & allowed
+
+
+def _checked_mass(mass: Tensor | None, scores: Tensor) -> Tensor:
+    if mass is None:
+        raise ValueError("coverage needs mass, the share of attention in each block; block_mass gives it")
+    if mass.shape != scores.shape:
+        raise ValueError(f"mass must have the shape of the scores, {list(scores.shape)}, got {list(mass.shape)}")
+    if not (mass >= 0).all():
+        raise ValueError("mass is a share of attention, but it contains negative values or NaN")
+    return mass.to(scores.device, torch.float64)
+
+
+def _covering(ordered_mass: Tensor, coverage: float) -> Tensor:
+    """Least number of leading blocks ``[G, 1]`` whose mass reaches ``coverage`` of all; 0 where there is no mass."""
+    reached = ordered_mass.cumsum(1)
+    # Against the running sum's own end, so that a coverage of 1 is reached in spite of rounding.
+    target = coverage * reached[:, -1:]
+    return torch.where(target > 0, (reached < target).sum(1, keepdim=True) + 1, 0)

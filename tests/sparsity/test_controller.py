@@ -1,0 +1,332 @@
+import math
+
+import pytest
+import torch
+
+from sat.ops.types import AttentionStatistics
+from sat.sparsity import SparsityController, block_mass, select_blocks
+
+# Small on purpose: 2 heads, 8 x 8 tokens in blocks of 2.
+SHAPE = {"num_layers": 2, "num_heads": 2, "grid": (4, 4), "block_size": 2, "lengths": (8, 8)}
+
+
+def controller(**settings):
+    return SparsityController(**{**SHAPE, "density": 0.5, **settings})
+
+
+def statistics(position=0.0, skew=2.0, seed=0, pooled=None):
+    """Statistics whose score matrix lies ``position`` away from zero, so that distances are differences."""
+    if pooled is None:
+        logits = 3 * torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(seed))
+        pooled = torch.softmax(logits, dim=2) / 2
+    matrix = torch.zeros(8, 8)
+    matrix[0, 0] = position
+    return AttentionStatistics(pooled, torch.tensor(skew), matrix)
+
+
+def drive(made, layers, first=1, every=1):
+    """Feed histories ``[(skewnesses, distances), ...]``, one a layer; gives ``{step: transitions}``."""
+    positions = [[sum(distances[:t]) for t in range(len(distances) + 1)] for _, distances in layers]
+    found = {}
+    for t in range(len(positions[0])):
+        step = first + every * t
+        observed = {n: statistics(positions[n][t], layers[n][0][t], seed=n) for n in made.dense_layers}
+        transitions = made.observe(step, observed)
+        if transitions:
+            found[step] = transitions
+        if made.all_sparse:
+            break
+    return found
+
+
+# Relative changes, from the third observation on:         1.0   18.8  0.8   0.8   0.8  percent
+FIRST = ([2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0], [1.0, 1.01, 1.2, 1.21, 1.22, 1.23])
+#                                                           0     0     10    0.5   0
+SECOND = ([1.0, 1.0, 1.0, 1.0, 1.8, 1.8, 1.8], [2.0, 2.0, 2.0, 2.2, 2.21, 2.21])
+
+
+def steps_of(found):
+    return {step: [transition.layer for transition in transitions] for step, transitions in found.items()}
+
+
+def test_the_papers_rule_waits_until_every_layer_is_ready():
+    found = drive(controller(), [FIRST, SECOND])
+    assert steps_of(found) == {6: [0, 1]}
+    assert [t.forced for t in found[6]] == [False, False]
+    assert [t.missing for t in found[6]] == ["", ""]
+    assert found[6][0].relative_change == pytest.approx(100 / 121, rel=1e-3)
+    assert found[6][1].skewness == pytest.approx(1.8)
+
+
+def test_layer_by_layer():
+    made = controller(per_layer=True)
+    assert steps_of(drive(made, [FIRST, SECOND])) == {3: [0], 6: [1]}
+    assert made.transition_steps == [3, 6]
+
+
+def test_patience():
+    assert steps_of(drive(controller(patience=2), [FIRST, SECOND])) == {7: [0, 1]}
+    assert steps_of(drive(controller(patience=2, per_layer=True), [FIRST, SECOND])) == {6: [0], 7: [1]}
+
+
+def test_thresholds():
+    assert steps_of(drive(controller(theta=1.0), [FIRST, SECOND])) == {3: [0, 1]}
+    assert steps_of(drive(controller(theta=1.9), [FIRST, SECOND])) == {}
+    assert steps_of(drive(controller(delta=0.7, per_layer=True), [FIRST, SECOND])) == {6: [1]}
+
+
+def test_observations_at_an_interval():
+    assert steps_of(drive(controller(), [FIRST, SECOND], first=50, every=50)) == {300: [0, 1]}
+
+
+def test_no_transition_before_min_dense_steps():
+    assert steps_of(drive(controller(min_dense_steps=6), [FIRST, SECOND])) == {6: [0, 1]}
+    assert steps_of(drive(controller(min_dense_steps=7), [FIRST, SECOND])) == {7: [0, 1]}
+    assert steps_of(drive(controller(min_dense_steps=5, per_layer=True), [FIRST, SECOND])) == {5: [0], 6: [1]}
+
+
+def test_max_dense_steps_forces_and_says_what_was_missing():
+    found = drive(controller(max_dense_steps=45), [FIRST, SECOND], first=10, every=10)
+    assert steps_of(found) == {50: [0, 1]}
+    assert [t.forced for t in found[50]] == [True, True]
+    assert found[50][0].missing == ""
+    assert found[50][1].missing == "distance still changes by 10.00 % >= 1.30 %"
+
+
+def test_max_dense_steps_forces_only_the_layers_that_are_not_ready():
+    found = drive(controller(max_dense_steps=5, per_layer=True), [([2.0] * 7, [1.0, 2.0, 4.0, 4.0, 4.0, 4.0]), SECOND])
+    assert steps_of(found) == {5: [0, 1]}
+    assert [t.forced for t in found[5]] == [False, True]
+
+
+def test_a_forced_transition_at_the_first_observation():
+    found = drive(controller(max_dense_steps=1), [FIRST, SECOND])
+    assert steps_of(found) == {1: [0, 1]}
+    assert math.isnan(found[1][0].relative_change)
+    assert "3 observations" in found[1][0].missing
+
+
+def test_phases_and_layouts():
+    made = controller(per_layer=True)
+    assert [made.phase(n) for n in (0, 1)] == ["dense", "dense"]
+    assert made.missing == ["no observation yet"] * 2
+    drive(made, [(FIRST[0][:4], FIRST[1][:3]), (SECOND[0][:4], SECOND[1][:3])])
+    assert [made.phase(n) for n in (0, 1)] == ["sparse", "dense"]
+    assert made.dense_layers == [1]
+    assert not made.all_sparse
+    assert made.layouts[0].shape == (4, 4)
+    assert made.layouts[1] is None
+    assert made.missing[1] == "skewness 1.00 < 1.70"
+
+
+def test_latest_values_for_logging():
+    made = controller(theta=9.0)
+    assert all(math.isnan(made.latest[0][name]) for name in ("skewness", "distance", "relative_change"))
+    drive(made, [([1.0, 2.0, 3.0], [1.0, 1.5]), ([1.0, 9.0, 9.5], [1.0, 1.0])])
+    assert made.latest[0] == {"skewness": 3.0, "distance": 1.5, "relative_change": 50.0, "met": 0.0}
+    assert made.latest[1] == {"skewness": 9.5, "distance": 1.0, "relative_change": 0.0, "met": 1.0}
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_transition_reports_what_it_kept(per_head):
+    pooled = torch.zeros(2, 4, 4)
+    pooled[0, :, 0], pooled[1, :, 3] = 0.5, 0.5  # head 0 looks at column 0, head 1 at column 3
+    made = controller(
+        theta=9.0,
+        max_dense_steps=20,
+        density=0.25,
+        per_head=per_head,
+        keep_diagonal=False,
+        min_blocks_per_row=0,
+        mask_steps=20,
+    )
+    for step in range(1, 21):
+        transitions = made.observe(step, {n: statistics(pooled=pooled) for n in (0, 1)})
+    found = transitions[0]
+    assert found.density == 0.25
+    if per_head:
+        assert found.layout.mask.nonzero()[:, 2].tolist() == [0] * 4 + [3] * 4
+        assert (found.captured_mass, found.best_mass, found.empty_rows) == (1.0, 1.0, 0)
+    else:
+        # Both columns hold half the mass, and ties are resolved by what little the fit differs by.
+        assert found.layout.num_heads == 1
+        assert found.captured_mass == found.best_mass == 0.5
+        assert found.empty_rows == 4 - int(found.layout.mask.any(2).sum())
+    assert found.layout == made.layouts[0]
+
+
+def test_coverage():
+    bare = {"min_blocks_per_row": 0, "keep_diagonal": False}
+    made = controller(theta=9.0, max_dense_steps=30, density=None, coverage=0.8, **bare)
+    for step in range(1, 31):
+        found = made.observe(step, {n: statistics(seed=n) for n in (0, 1)})
+    for n, transition in enumerate(found):
+        assert transition.captured_mass >= 0.8
+        mass = block_mass(statistics(seed=n).pooled, 2, 8, 8).mean(0, keepdim=True)
+        fewest = select_blocks(mass, coverage=0.8, mass=mass, **bare)
+        assert transition.layout.nnz == fewest.sum()  # after 300 steps the learner knows the order
+
+
+def test_the_masks_average_over_observations():
+    made = controller(theta=9.0, max_dense_steps=40, min_blocks_per_row=0, keep_diagonal=False)
+    generator, truth = torch.Generator().manual_seed(0), statistics(seed=5).pooled
+    for step in range(1, 41):
+        noisy = (truth + 0.03 * torch.randn(truth.shape, generator=generator)).clamp(min=0)
+        found = made.observe(step, {n: statistics(pooled=noisy) for n in (0, 1)})
+    expected = select_blocks(truth.mean(0, keepdim=True), density=0.5, min_blocks_per_row=0, keep_diagonal=False)
+    agreement = (found[0].layout.mask & expected).sum() / expected.sum()
+    assert agreement >= 7 / 8
+
+
+@pytest.mark.parametrize("mask", ["gram", "bilinear", "direct"])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_restored_controller_decides_the_same_bit_for_bit(mask, per_layer, tmp_path):
+    settings = {"mask": mask, "per_layer": per_layer, "smoothing": 0.3, "patience": 2, "delta": 30.0, "mask_steps": 3}
+    settings |= {"per_head": True, "density": 0.3, "max_dense_steps": 9}
+    generator = torch.Generator().manual_seed(3)
+    positions = torch.rand(10, 2, generator=generator).cumsum(0).tolist()
+    skews = (1.5 + torch.rand(10, 2, generator=generator)).tolist()
+
+    def go(made, steps):
+        for t in steps:
+            observed = {n: statistics(positions[t][n], skews[t][n], seed=10 * t + n) for n in made.dense_layers}
+            found.extend(made.observe(t, observed))
+
+    found = []
+    whole = controller(**settings)
+    go(whole, range(10))
+    expected, found = found, []
+    assert len(expected) == 2
+    for stop in range(10):
+        found = []
+        first = controller(**settings)
+        go(first, range(stop))
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        second = controller(**settings, seed=99)  # another start, to be overwritten
+        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        go(second, range(stop, 10))
+        assert found == expected
+        assert [repr(values) for values in second.latest] == [repr(values) for values in whole.latest]
+
+
+def test_a_state_is_not_changed_by_what_follows():
+    made = controller()
+    made.observe(1, {n: statistics(seed=n) for n in (0, 1)})
+    state = made.state_dict()
+    restored = controller()
+    restored.load_state_dict(state)
+    logits = state["layers"][0]["learner"]["mask"]["logits"].clone()
+    for other in (made, restored):
+        other.observe(2, {n: statistics(1.0, seed=n) for n in (0, 1)})
+    assert torch.equal(state["layers"][0]["learner"]["mask"]["logits"], logits)
+    assert state["layers"][0]["learner"]["optimizer"]["state"][0]["step"] == 10
+    assert state["layers"][0]["history"]["observations"] == 1
+
+
+def test_a_dense_state_brings_a_sparse_controller_back():
+    made = controller(max_dense_steps=2)
+    made.observe(1, {n: statistics(seed=n) for n in (0, 1)})
+    state = made.state_dict()
+    first = made.observe(2, {n: statistics(seed=n) for n in (0, 1)})
+    made.load_state_dict(state)
+    assert made.dense_layers == [0, 1]
+    assert made.transition_steps == [None, None]
+    assert repr(made.observe(2, {n: statistics(seed=n) for n in (0, 1)})) == repr(first)
+
+
+def test_the_score_matrix_is_dropped_at_the_transition():
+    made = controller(max_dense_steps=2)
+    made.observe(1, {n: statistics() for n in (0, 1)})
+    assert all("score_matrix" in layer["history"] for layer in made.state_dict()["layers"])
+    made.observe(2, {n: statistics() for n in (0, 1)})
+    assert not any("score_matrix" in layer["history"] or "learner" in layer for layer in made.state_dict()["layers"])
+    assert made.observe(3, {}) == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"num_layers": 3}, {"grid": (8, 8), "block_size": 1}, {"num_heads": 1}, {"mask": "gram"}, {"per_head": True}],
+)
+def test_a_state_of_another_structure_is_refused(other):
+    with pytest.raises(ValueError, match=f"{next(iter(other))} = "):
+        controller(**other).load_state_dict(controller().state_dict())
+
+
+@pytest.mark.parametrize("name", ["pooled", "skewness", "score_matrix"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_statistics_that_are_not_finite_are_refused_and_change_nothing(name, value):
+    made = controller()
+    made.observe(1, {n: statistics() for n in (0, 1)})
+    broken = statistics(1.0)
+    getattr(broken, name).view(-1)[0] = value
+    with pytest.raises(FloatingPointError, match=f"layer 1 at step 7: {name}"):
+        made.observe(7, {0: statistics(1.0), 1: broken})
+    assert all(layer["history"]["observations"] == 1 for layer in made.state_dict()["layers"])
+
+
+def test_statistics_that_do_not_fit_are_refused():
+    made = controller()
+    with pytest.raises(ValueError, match=r"\[0, 1\], got \[0\] at step 4"):
+        made.observe(4, {0: statistics()})
+    with pytest.raises(ValueError, match="score_matrix=True"):
+        made.observe(4, {0: statistics(), 1: statistics()._replace(score_matrix=None)})
+    with pytest.raises(ValueError, match=r"pooled must be \[2, 4, 4\], got \[1, 4, 4\]"):
+        made.observe(4, {0: statistics(pooled=torch.ones(1, 4, 4)), 1: statistics()})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"theta": math.nan},
+        {"delta": -1.0},
+        {"smoothing": 1.0},
+        {"patience": 0},
+        {"min_dense_steps": -1},
+        {"max_dense_steps": 0},
+        {"min_dense_steps": 10, "max_dense_steps": 9},
+        {"mask": "dense"},
+        {"mask": "gram", "mask_rank": 0},
+        {"mask_lr": 0.0},
+        {"mask_lr": math.inf},
+        {"mask_steps": 0},
+        {"density": None},
+        {"density": 0.0},
+        {"density": 0.5, "coverage": 0.5},
+        {"density": None, "coverage": 2.0},
+        {"density": None, "coverage": 0.5, "min_density": 0.5, "max_density": 0.1},
+        {"min_blocks_per_row": 5},
+        {"num_layers": 0},
+        {"num_heads": 0},
+        {"block_size": 0},
+        {"lengths": (9, 8)},
+        {"grid": (4, 5)},
+    ],
+)
+def test_settings_out_of_range_are_refused(settings):
+    # The sentence names the setting, or for lengths the grid that they contradict.
+    name = "grid" if "lengths" in settings else next(reversed(settings)).replace("min_density", "max_density")
+    with pytest.raises(ValueError, match=name):
+        controller(**settings)
+
+
+def test_a_grid_that_is_not_square_and_partial_blocks():
+    made = SparsityController(1, 1, (2, 3), 4, (7, 9), density=0.5, max_dense_steps=1)
+    pooled = torch.rand(1, 2, 3, generator=torch.Generator().manual_seed(0))
+    observed = AttentionStatistics(pooled, torch.tensor(0.0), torch.rand(7, 9))
+    (found,) = made.observe(1, {0: observed})
+    assert found.layout.fits(7, 9)
+    assert found.layout.nnz == 3
+    with pytest.raises(ValueError, match="as many block rows"):
+        SparsityController(1, 1, (2, 3), 4, (7, 9), density=0.5, mask="gram")
+
+
+def test_the_surroundings_of_the_caller_do_not_matter():
+    plain, inside = (controller(max_dense_steps=3, mask="bilinear") for _ in range(2))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for step in (1, 2, 3):
+        expected = plain.observe(step, {n: statistics(step, seed=n) for n in (0, 1)})
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found = inside.observe(step, {n: statistics(step, seed=n) for n in (0, 1)})
+    assert found == expected
+    assert torch.equal(torch.get_rng_state(), before)

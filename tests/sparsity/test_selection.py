@@ -1,0 +1,203 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sat.sparsity import select_blocks
+
+BARE = {"keep_diagonal": False, "min_blocks_per_row": 0}
+
+
+def grid(text):
+    """A mask from rows of x and dots."""
+    return torch.tensor([[[mark == "x" for mark in row] for row in text.split()]])
+
+
+def is_mask(found, text):
+    expected = grid(text)
+    assert torch.equal(found, expected), f"\n{found.int()}\nexpected\n{expected.int()}"
+
+
+S3 = torch.tensor([[[1.0, 9.0, 2.0], [8.0, 3.0, 4.0], [7.0, 6.0, 5.0]]])
+
+
+def test_density_takes_the_largest_scores():
+    is_mask(select_blocks(S3, density=4 / 9, **BARE), ".x. x.. xx.")
+    is_mask(select_blocks(S3, density=0.49, **BARE), ".x. x.. xx.")  # int(4.41)
+    is_mask(select_blocks(S3, density=1.0, **BARE), "xxx xxx xxx")
+    is_mask(select_blocks(S3, density=0.1, **BARE), "... ... ...")  # int(0.9): the paper's selection may be empty
+
+
+def test_diagonal_counts_inside_the_budget():
+    is_mask(select_blocks(S3, density=5 / 9, min_blocks_per_row=0), "xx. xx. ..x")
+
+
+def test_what_must_be_kept_wins_over_the_budget():
+    is_mask(select_blocks(S3, density=0.1), "x.. .x. ..x")
+    is_mask(select_blocks(S3, density=0.1, keep_diagonal=False, min_blocks_per_row=1), ".x. x.. x..")
+    is_mask(select_blocks(S3, density=0.1, keep_diagonal=True, min_blocks_per_row=2), "xx. xx. x.x")
+
+
+def test_the_rows_best_blocks_count_inside_the_budget():
+    scores = torch.tensor([[[9.0, 8.0, 7.0], [1.0, 2.0, 0.0], [6.0, 5.0, 4.0]]])
+    is_mask(select_blocks(scores, density=4 / 9, keep_diagonal=False), "xx. .x. x..")
+    is_mask(select_blocks(scores, density=4 / 9, **BARE), "xxx ... x..")
+
+
+def test_ties_go_to_the_lower_index():
+    is_mask(select_blocks(torch.zeros(1, 4, 4), density=6 / 16, **BARE), "xxxx xx.. .... ....")
+    is_mask(select_blocks(torch.zeros(1, 4, 4), density=6 / 16), "xxx. .x.. ..x. ...x")
+    is_mask(select_blocks(torch.zeros(1, 4, 4), density=0.01, keep_diagonal=False), "x... x... x... x...")
+
+
+def test_causal_keeps_the_lower_triangle_only():
+    scores = torch.arange(16.0).flip(0).view(1, 4, 4)  # the upper right is large
+    is_mask(select_blocks(scores, density=0.6, causal=True, **BARE), "x... xx.. xxx. ....")  # int(10 * 0.6)
+    is_mask(select_blocks(scores, density=1.0, causal=True), "x... xx.. xxx. xxxx")
+    # A row that has fewer blocks than the minimum keeps what it has.
+    is_mask(select_blocks(scores, density=0.1, causal=True, min_blocks_per_row=3), "x... xx.. xxx. xx.x")
+
+
+def test_diagonal_of_a_grid_that_is_not_square():
+    is_mask(select_blocks(torch.zeros(1, 2, 4), density=0.1, min_blocks_per_row=0), "x... ..x.")
+    is_mask(select_blocks(torch.zeros(1, 4, 2), density=0.1, min_blocks_per_row=0), "x. x. .x .x")
+    is_mask(select_blocks(torch.zeros(1, 2, 4), density=0.1, min_blocks_per_row=0, causal=True), "x... .x..")
+    is_mask(select_blocks(torch.zeros(1, 4, 2), density=0.1, min_blocks_per_row=0, causal=True), "x. .x .x .x")
+
+
+def test_coverage_takes_the_fewest_blocks_that_reach_it():
+    mass = S3.double() / S3.sum()  # 9 8 7 6 ... of 45
+    for reached, coverage in enumerate((9 / 45, 17 / 45, 24 / 45, 30 / 45), start=1):
+        assert select_blocks(S3, coverage=coverage - 1e-9, mass=mass, **BARE).sum() == reached
+        assert select_blocks(S3, coverage=coverage + 1e-9, mass=mass, **BARE).sum() == reached + 1
+    assert select_blocks(S3, coverage=1.0, mass=mass, **BARE).all()
+
+
+def test_full_coverage_leaves_blocks_without_mass_away():
+    mass = torch.tensor([[[0.1, 0.2, 0.0], [0.3, 0.4, 0.0], [0.0, 0.0, 0.0]]])
+    is_mask(select_blocks(mass, coverage=1.0, mass=mass, **BARE), "xx. xx. ...")
+    is_mask(select_blocks(mass, coverage=1.0, mass=mass), "xx. xx. ..x")
+    assert not select_blocks(mass, coverage=0.5, mass=torch.zeros(1, 3, 3), **BARE).any()
+
+
+def test_coverage_follows_the_order_of_the_scores():
+    mass = S3.double().flip(1, 2) / S3.sum()  # masses 5 6 7 / 4 3 8 / 2 9 1 of 45, in order of score: 6 4 2 9 1 8 3 7 5
+    is_mask(select_blocks(S3, coverage=20 / 45, mass=mass, **BARE), ".x. x.. xx.")
+
+
+def test_coverage_is_bounded():
+    mass = S3.double() / S3.sum()
+    assert select_blocks(S3, coverage=0.01, mass=mass, min_density=0.34, **BARE).sum() == 3
+    assert select_blocks(S3, coverage=0.99, mass=mass, max_density=0.34, **BARE).sum() == 3
+
+
+def test_each_layout_has_its_own_coverage():
+    mass = torch.tensor([[[0.97, 0.01], [0.01, 0.01]], [[0.25, 0.25], [0.25, 0.25]]])
+    assert select_blocks(mass, coverage=0.9, mass=mass, **BARE).sum((1, 2)).tolist() == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either density or coverage"),
+        ({"density": 0.5, "coverage": 0.5}, "either density or coverage"),
+        ({"density": 0.0}, "density is a share"),
+        ({"density": 1.1}, "density is a share"),
+        ({"density": math.nan}, "density is a share"),
+        ({"coverage": 0.0}, "coverage is a share"),
+        ({"coverage": 0.5}, "needs mass"),
+        ({"coverage": 0.5, "mass": torch.ones(1, 3, 4)}, "shape of the scores"),
+        ({"coverage": 0.5, "mass": torch.full((1, 3, 3), math.nan)}, "NaN"),
+        ({"coverage": 0.5, "mass": -torch.ones(1, 3, 3)}, "negative"),
+        ({"coverage": 0.5, "min_density": 0.5, "max_density": 0.4}, "bounds"),
+        ({"density": 0.1, "min_density": 0.2}, "outside its bounds"),
+        ({"density": 0.5, "min_blocks_per_row": 4}, "min_blocks_per_row"),
+        ({"density": 0.5, "min_blocks_per_row": -1}, "min_blocks_per_row"),
+    ],
+)
+def test_values_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        select_blocks(S3, **arguments)
+
+
+def test_scores_that_have_no_order_are_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        select_blocks(S3.where(S3 != 5, math.nan), density=0.5)
+    with pytest.raises(ValueError, match="layouts, rows, columns"):
+        select_blocks(S3[0], density=0.5)
+
+
+@st.composite
+def cases(draw):
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 7)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    # Few distinct values, so that ties are common.
+    scores = torch.randint(0, draw(st.sampled_from([2, 5, 1000])), shape, generator=generator).float()
+    options = {
+        "keep_diagonal": draw(st.booleans()),
+        "min_blocks_per_row": draw(st.integers(0, shape[2])),
+        "causal": draw(st.booleans()),
+    }
+    return scores, options, draw(st.floats(0.01, 1.0)), generator
+
+
+def allowed_and_diagonal(scores, causal):
+    _, rows, columns = scores.shape
+    allowed = torch.ones(rows, columns, dtype=torch.bool)
+    row = torch.arange(rows)
+    if causal:
+        return allowed.tril(), row.clamp(max=columns - 1)
+    return allowed, row * columns // rows
+
+
+def check_constraints(kept, scores, options):
+    allowed, diagonal = allowed_and_diagonal(scores, options["causal"])
+    assert not (kept & ~allowed).any()
+    if options["keep_diagonal"]:
+        assert kept[:, torch.arange(kept.shape[1]), diagonal].all()
+    assert (kept.sum(2) >= allowed.sum(1).clamp(max=options["min_blocks_per_row"])).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_density_keeps_budget_diagonal_and_rows(case):
+    scores, options, density, _ = case
+    kept = select_blocks(scores, density=density, **options)
+    check_constraints(kept, scores, options)
+
+    allowed, _ = allowed_and_diagonal(scores, options["causal"])
+    forced = select_blocks(scores, density=1e-9, **options)  # a budget of 0 leaves what must be kept
+    assert (forced <= kept).all()
+    expected = forced.sum((1, 2)).clamp(min=int(int(allowed.sum()) * density))
+    assert torch.equal(kept.sum((1, 2)), expected)
+
+    # No block outside is better than one that was kept by its score.
+    for layout in range(len(scores)):
+        chosen, left = kept[layout] & ~forced[layout], ~kept[layout] & allowed
+        if chosen.any() and left.any():
+            assert scores[layout][chosen].min() >= scores[layout][left].max()
+    assert torch.equal(kept, select_blocks(scores.clone(), density=density, **options))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_coverage_is_reached_with_the_fewest_blocks(case):
+    scores, options, coverage, generator = case
+    allowed, _ = allowed_and_diagonal(scores, options["causal"])
+    mass = torch.rand(scores.shape, generator=generator, dtype=torch.float64) * allowed
+    mass = mass / mass.sum((1, 2), keepdim=True)
+    kept = select_blocks(scores, coverage=coverage, mass=mass, **options)
+    check_constraints(kept, scores, options)
+    forced = select_blocks(scores, density=1e-9, **options)
+    for layout in range(len(scores)):
+        assert mass[layout][kept[layout]].sum() >= coverage - 1e-12
+        chosen = kept[layout] & ~forced[layout]
+        if chosen.any():
+            # The last block taken (lowest score, of equals the highest index) was needed.
+            lowest = scores[layout].masked_fill(~chosen, math.inf)
+            last = int((lowest == lowest.min()).flatten().nonzero()[-1])
+            without = kept[layout].flatten().clone()
+            without[last] = False
+            assert mass[layout].flatten()[without].sum() < coverage + 1e-12
