@@ -1,0 +1,187 @@
+"""Floor 2: multi-head attention that is dense until it is given a layout, and block-sparse from then on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sat import ops
+from sat.layout import BlockLayout
+
+
+class AdaptiveAttention(nn.Module):
+    """Queries, keys and values in, context out; without projections, so that it fits into any model.
+
+    The layout and the phase are buffers of fixed shape: a checkpoint of either phase loads into a fresh module, and no
+    parameter appears or vanishes at the transition.
+
+    Args:
+        num_heads: ``H``.
+        seq_len: the longest sequence, in tokens. Shorter ones use the layout's first rows and columns.
+        block_size: edge of a block, in tokens.
+        dropout: probability with which an attention weight is dropped in training.
+        is_causal: query i sees keys 0 to i only.
+        pruned: ``"drop"`` or ``"zero"``, see :func:`sat.ops.block_sparse_attention`.
+        backend: backend of the sparse phase. The dense phase is PyTorch's fused attention.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    layout_mask: Tensor
+    sparse: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        seq_len: int,
+        block_size: int = 32,
+        *,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        pruned: ops.Pruned = "drop",
+        backend: ops.Backend = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_heads", num_heads), ("seq_len", seq_len), ("block_size", block_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if block_size > seq_len:
+            raise ValueError(f"block_size {block_size} exceeds seq_len {seq_len}; choose smaller blocks")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self.num_heads, self.seq_len, self.block_size = num_heads, seq_len, block_size
+        self.dropout, self.is_causal, self.pruned, self.backend = dropout, is_causal, pruned, backend
+        blocks = -(-seq_len // block_size)
+        self.register_buffer("layout_mask", torch.ones(num_heads, blocks, blocks, dtype=torch.bool))
+        self.register_buffer("sparse", torch.zeros((), dtype=torch.bool))
+        self._is_sparse = False  # what the buffer says, readable without waiting for the device
+        self.observe_samples = 0
+        self.statistics: ops.AttentionStatistics | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a layout has been given."""
+        return self._is_sparse
+
+    @property
+    def layout(self) -> BlockLayout | None:
+        """The layout in use, ``[H, M, N]``; None in the dense phase."""
+        return BlockLayout(self.layout_mask.clone(), self.block_size) if self._is_sparse else None
+
+    def set_layout(self, layout: BlockLayout | None) -> None:
+        """Go on sparsely with a layout of H heads or one that all share; None: go on densely.
+
+        Raises:
+            ValueError: the layout has another block size, number of heads or of blocks.
+        """
+        if layout is None:
+            self.layout_mask.fill_(True)
+        else:
+            heads, rows, columns = self.layout_mask.shape
+            if layout.block_size != self.block_size:
+                raise ValueError(f"the layout has blocks of {layout.block_size}, this attention of {self.block_size}")
+            if layout.num_heads not in (1, heads) or layout.shape != (rows, columns):
+                raise ValueError(
+                    f"a layout for this attention has {heads} heads (or 1) and {rows} x {columns} blocks, got "
+                    f"{layout.num_heads} and {layout.shape[0]} x {layout.shape[1]}"
+                )
+            self.layout_mask.copy_(layout.mask.expand_as(self.layout_mask))
+        self.sparse.fill_(layout is not None)
+        self._is_sparse = layout is not None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        query_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[B, H, L, D]``.
+            key: ``[B, H, S, D]``.
+            value: ``[B, H, S, D]``.
+            key_padding_mask: bool ``[B, S]``, True = a real token.
+            query_padding_mask: bool ``[B, L]``, True = a real token; in the sparse phase padded queries give 0.
+
+        Returns:
+            ``[B, H, L, D]``.
+
+        Raises:
+            ValueError: more heads or tokens than this module was made for.
+        """
+        _, heads, query_length, _ = query.shape
+        key_length = key.shape[2]
+        if heads != self.num_heads or max(query_length, key_length) > self.seq_len:
+            raise ValueError(
+                f"this attention was made for {self.num_heads} heads and up to {self.seq_len} tokens, got {heads} "
+                f"heads, {query_length} queries and {key_length} keys"
+            )
+        if self.observe_samples:
+            self.statistics = self._observe(query, key, key_padding_mask, query_padding_mask)
+        dropout = self.dropout if self.training else 0.0
+        if self._is_sparse:
+            rows, columns = (-(-length // self.block_size) for length in (query_length, key_length))
+            layout = BlockLayout(self.layout_mask[:, :rows, :columns], self.block_size)
+            return ops.block_sparse_attention(
+                query,
+                key,
+                value,
+                layout,
+                key_padding_mask=key_padding_mask,
+                query_padding_mask=query_padding_mask,
+                is_causal=self.is_causal,
+                dropout_p=dropout,
+                pruned=self.pruned,
+                backend=self.backend,
+            )
+        if key_padding_mask is None:
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=self.is_causal)
+        mask = key_padding_mask[:, None, None, :]
+        if self.is_causal:
+            mask = mask & torch.ones(query_length, key_length, dtype=torch.bool, device=mask.device).tril()
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        # PyTorch's kernels disagree on rows without a key (0, NaN or the mean of all values); ours are 0.
+        return context.masked_fill(~mask.any(-1, keepdim=True), 0)
+
+    def _observe(
+        self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None
+    ) -> ops.AttentionStatistics:
+        first = slice(self.observe_samples)
+        statistics = ops.attention_statistics(
+            query[first],
+            key[first],
+            self.block_size,
+            key_padding_mask=None if key_padding_mask is None else key_padding_mask[first],
+            query_padding_mask=None if query_padding_mask is None else query_padding_mask[first],
+            is_causal=self.is_causal,
+            score_matrix=True,
+        )
+        if query.shape[2] == key.shape[2] == self.seq_len:
+            return statistics
+        # Positions that this batch does not reach received no attention: one grid for batches of every length.
+        assert statistics.score_matrix is not None
+        pooled, matrix = (
+            F.pad(x, (0, columns - x.shape[-1], 0, rows - x.shape[-2]))
+            for x, (rows, columns) in (
+                (statistics.pooled, self.layout_mask.shape[1:]),
+                (statistics.score_matrix, (self.seq_len, self.seq_len)),
+            )
+        )
+        return ops.AttentionStatistics(pooled, statistics.skewness, matrix)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_sparse = bool(self.sparse)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        phase = f"sparse, density {self.layout_mask.float().mean():.3f}" if self._is_sparse else "dense"
+        return f"num_heads={self.num_heads}, seq_len={self.seq_len}, block_size={self.block_size}, {phase}"

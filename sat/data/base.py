@@ -1,0 +1,205 @@
+"""Floor 3, data: what all data modules share: splits, loaders, arguments."""
+
+from __future__ import annotations
+
+import logging
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sat.data.cache import Prepared
+from sat.data.loading import Batch, EvalBatches, TrainBatches, TrainLoader, eval_loader
+
+HELD_OUT_FRACTION = 0.1
+HELD_OUT_AT_MOST = 5000
+
+logger = logging.getLogger(__name__)
+
+
+class SequenceDataModule(pl.LightningDataModule):
+    """Classification of token sequences.
+
+    A batch is a dict of ``input_ids`` int64 ``[B, L]``, ``labels`` int64 ``[B]`` and, where ``has_padding``,
+    ``attention_mask`` bool ``[B, L]``, True = a real token. ``vocab_size``, ``num_classes``, ``seq_len`` (``L``) and
+    ``has_padding`` can be read from the start, ``class_names`` after ``setup``.
+
+    The official training and test sets stay what they are. Validation is a class-stratified tenth of the training
+    set, at most 5,000 samples, unless the source has a validation set and a test set. With a validation set but no
+    test set, the former is the test set; with neither, another tenth of the training set is.
+    Which samples make up a split, and which of it ``train_samples`` and ``eval_samples`` choose, does not depend on
+    ``seed``, so that runs of different seeds are compared on the same samples.
+
+    Args:
+        batch_size: samples in a training batch, per process. Incomplete training batches are left out.
+        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
+        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
+        seed: decides the order of the training samples, together with the epoch.
+        train_samples: train on so many samples only, chosen at random; all when not given.
+        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    vocab_size: int
+    num_classes: int
+    seq_len: int
+    has_padding: bool
+    class_names: list[str]
+    dataset_name: str
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_samples: int | None = None,
+        eval_samples: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("eval_batch_size", eval_batch_size, 1)
+        check_at_least("num_workers", num_workers, 0)
+        check_at_least("seed", seed, 0)
+        check_at_least("train_samples", train_samples, 1)
+        check_at_least("eval_samples", eval_samples, 1)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.train_samples = train_samples
+        self.eval_samples = eval_samples
+        self.class_names = []
+        self._prepared: Prepared | None = None
+        self._rows: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
+
+    def load(self) -> Prepared:
+        """The tokens of every split that the source has; from the cache where there is one."""
+        raise NotImplementedError
+
+    def dataset(self, tensors: dict[str, Tensor], rows: Tensor) -> Dataset[Batch]:
+        """Some rows of a split, as a map from a list of positions to a batch."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        """Read the source and write the cache; Lightning calls this in one process only."""
+        self._prepared = self.load()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Decide which samples belong to which split; the same in every process and for every stage."""
+        if self._rows:
+            return
+        prepared = self._prepared or self.load()
+        self.class_names = prepared.class_names
+        self._rows = self._split(prepared.splits)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Full batches, in an order that depends on seed and epoch alone; resumes in mid-epoch.
+
+        Raises:
+            ValueError: the training set is smaller than one batch, or the trainer has ``overfit_batches``.
+        """
+        overfit_batches: float = getattr(self.trainer, "overfit_batches", False)
+        if overfit_batches:
+            # Lightning would put a sampler of single rows in place of ours.
+            raise ValueError(
+                f"overfit_batches={overfit_batches} does not go with these loaders; use --data.train_samples and "
+                f"--data.eval_samples instead"
+            )
+        tensors, rows = self._rows_of("train")
+        world_size, rank = self._world()
+        batches = TrainBatches(
+            len(rows), self.batch_size, seed=self.seed, world_size=world_size, rank=rank, shuffle=True
+        )
+        if len(batches) == 0:
+            across = f" in each of {world_size} processes" if world_size > 1 else ""
+            raise ValueError(
+                f"{self.dataset_name} has {len(rows)} training samples, fewer than one batch of {self.batch_size}"
+                f"{across}; lower --data.batch_size or raise --data.train_samples"
+            )
+        return TrainLoader(
+            self.dataset(tensors, rows), batches, completed=self._completed, num_workers=self.num_workers
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """All validation samples, in fixed order."""
+        return self._eval_loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        """All test samples, in fixed order."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        tensors, rows = self._rows_of(split)
+        world_size, rank = self._world()
+        if len(rows) < world_size:
+            raise ValueError(
+                f"the {split} set of {self.dataset_name} has {len(rows)} samples for {world_size} processes; use fewer "
+                f"processes or raise --data.eval_samples"
+            )
+        batches = EvalBatches(len(rows), self.eval_batch_size, seed=0, world_size=world_size, rank=rank, shuffle=False)
+        return eval_loader(self.dataset(tensors, rows), batches, self.num_workers)
+
+    def _rows_of(self, split: str) -> tuple[dict[str, Tensor], Tensor]:
+        if not self._rows:
+            raise RuntimeError(f"{self.dataset_name} has not been set up; call setup() before asking for a loader")
+        return self._rows[split]
+
+    def _world(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _completed(self) -> tuple[int, int] | None:
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
+            return None
+        return trainer.fit_loop.epoch_loop.batch_progress.total.completed, int(trainer.num_training_batches)
+
+    def _split(self, splits: dict[str, dict[str, Tensor]]) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
+        train = splits["train"]
+        rows = torch.arange(len(train["labels"]))
+        result = {name: (part, torch.arange(len(part["labels"]))) for name, part in splits.items() if name != "train"}
+        if "test" not in result and "validation" in result:
+            result["test"] = result.pop("validation")
+            logger.info("%s has no test set: its validation set is the test set", self.dataset_name)
+        for name in ("test", "validation"):
+            if name not in result:
+                rows, held_out = self._hold_out(train["labels"], rows)
+                result[name] = (train, held_out)
+                if name == "test":
+                    logger.info(
+                        "%s has no test set: %d training samples are held out", self.dataset_name, len(held_out)
+                    )
+        result["train"] = (train, rows)
+        for name, (part, chosen) in result.items():
+            wanted = self.train_samples if name == "train" else self.eval_samples
+            if wanted is not None and wanted < len(chosen):
+                order = np.random.default_rng(0).permutation(len(chosen))[:wanted]
+                result[name] = (part, chosen[torch.from_numpy(order)])
+        return result
+
+    def _hold_out(self, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows without, and rows of, a class-stratified part; both ascending."""
+        if len(rows) < 2:
+            raise ValueError(
+                f"{self.dataset_name} has {len(rows)} training samples, at least 2 are needed to hold one out; "
+                f"point --data.path at a larger copy"
+            )
+        size = min(max(round(len(rows) * HELD_OUT_FRACTION), 1), HELD_OUT_AT_MOST)
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
+        # Sorted by class, shuffled within: every (n / size)-th sample gives each class its share, rounded up or down.
+        by_class = order[torch.argsort(labels[rows][order], stable=True)]
+        chosen = by_class[(torch.arange(size) * len(rows)) // size]
+        keep = torch.ones(len(rows), dtype=torch.bool)
+        keep[chosen] = False
+        return rows[keep], rows[~keep]
+
+
+def check_at_least(name: str, value: int | None, least: int) -> None:
+    """Raise a ValueError unless ``value`` is None or an integer of at least ``least``."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}; correct --data.{name}")

@@ -1,0 +1,18 @@
+"""Floor 3, data: CIFAR-10 as the Long Range Arena's "Image" task."""
+
+from __future__ import annotations
+
+from sat.data.pictures import ImageDataModule
+
+
+class CIFAR10(ImageDataModule):
+    """CIFAR-10, one gray pixel a token: 1,024 tokens, 256 ids, 10 classes (hub: ``uoft-cs/cifar10``).
+
+    The splits are the Long Range Arena's in size, 45,000 / 5,000 / 10,000: the official test set, and a
+    class-stratified tenth of the official training set for validation. The arguments are those of
+    :class:`~sat.data.pictures.ImageDataModule`; local files have the columns ``img`` and ``label``.
+    """
+
+    dataset_name = "CIFAR-10"
+    hub_id = "uoft-cs/cifar10"
+    num_classes = 10

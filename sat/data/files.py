@@ -1,0 +1,124 @@
+"""Floor 3, data: data modules whose rows come from files or from the hub, and are prepared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from rich import get_console
+from rich.progress import Progress
+from torch import Tensor
+
+from sat.data import sources
+from sat.data.base import SequenceDataModule
+from sat.data.cache import Prepared, cached, default_cache_dir
+
+# Below this many rows preparing takes about a second, and a bar would only flash up.
+PROGRESS_FROM = 20_000
+
+
+class FileDataModule(SequenceDataModule):
+    """A data set in parquet files, or on the Hugging Face hub.
+
+    Subclasses say what a row's content becomes (:meth:`encode`) and what that depends on (:meth:`encoding`).
+
+    Args:
+        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
+            parquet file; the hub when not given.
+        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
+        batch_size: samples in a training batch, per process. Incomplete training batches are left out.
+        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
+        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
+        seed: decides the order of the training samples, together with the epoch.
+        train_samples: train on so many samples only, chosen at random; all when not given.
+        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+    """
+
+    hub_id: str | None = None
+    content_columns: Sequence[str]
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        cache_dir: str | None = None,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_samples: int | None = None,
+        eval_samples: int | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_samples=train_samples,
+            eval_samples=eval_samples,
+        )
+        self.path = path
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+
+    def encode(self, rows: Iterator[pa.Array], table: sources.Table) -> dict[str, Tensor]:
+        """The content column, some hundred rows at a time, as tensors."""
+        raise NotImplementedError
+
+    def encoding(self) -> list[int]:
+        """The numbers that the tokens of a row depend on."""
+        raise NotImplementedError
+
+    def load(self) -> Prepared:
+        """Tokens from the cache, or else from the files or the hub.
+
+        Raises:
+            FileNotFoundError: the path, or a training file in it, does not exist.
+            ConnectionError: the hub cannot be reached.
+            ValueError: a file cannot be read, or its columns, labels or content are not what they should be.
+            PermissionError: the cache cannot be written.
+        """
+        if self.path is None:
+            return self.load_cached(
+                ["hub", self.hub_id],
+                lambda: sources.hub_tables(str(self.hub_id), self.cache_dir, self.dataset_name),
+            )
+        found = sources.find_parquet(sources.existing_path(self.path, self.dataset_name))
+        return self.load_cached(
+            [[split, sources.fingerprint(files)] for split, files in sorted(found.items())],
+            lambda: {split: sources.parquet_table(files) for split, files in found.items()},
+        )
+
+    def load_cached(self, identity: object, tables: Callable[[], dict[str, sources.Table]]) -> Prepared:
+        """The encoded tables, from the cache when they were encoded before under the same identity."""
+        key = [self.encoding(), self.num_classes, identity]
+        return cached(self.cache_dir, self.dataset_name, key, lambda: self._encode_tables(tables()))
+
+    def _encode_tables(self, tables: dict[str, sources.Table]) -> Prepared:
+        if "train" not in tables:
+            raise ValueError(f"{self.dataset_name} has no split named train; pass --data.path with one that has")
+        columns = {
+            split: (sources.checked_column(table, self.content_columns), sources.checked_column(table, ["label"]))
+            for split, table in tables.items()
+        }
+        splits = {}
+        rows = sum(table.num_rows for table in tables.values())
+        with Progress(transient=True, disable=rows < PROGRESS_FROM or not get_console().is_terminal) as progress:
+            bar = progress.add_task(f"preparing {self.dataset_name}", total=rows)
+            for split, table in tables.items():
+                labels: list[int] = []
+                contents = self._contents(table, columns[split], labels, lambda n: progress.advance(bar, n))
+                splits[split] = self.encode(contents, table)
+                splits[split]["labels"] = torch.tensor(labels, dtype=torch.int64)
+        return Prepared(splits, tables["train"].class_names.get(columns["train"][1], []))
+
+    def _contents(
+        self, table: sources.Table, columns: tuple[str, str], labels: list[int], advance: Callable[[int], None]
+    ) -> Iterator[pa.Array]:
+        """The content of the rows; their checked labels are appended to ``labels`` on the way."""
+        for rows in table.read(list(columns)):
+            labels += sources.checked_labels(rows.column(columns[1]), self.num_classes, table)
+            content = rows.column(columns[0])
+            yield content.combine_chunks() if isinstance(content, pa.ChunkedArray) else content
+            advance(rows.num_rows)

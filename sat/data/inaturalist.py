@@ -1,0 +1,166 @@
+"""Floor 3, data: iNaturalist 2018 with its super-categories as classes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from sat.data import sources
+from sat.data.base import check_at_least
+from sat.data.cache import Prepared
+from sat.data.pictures import ImageDataModule
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+class INaturalist(ImageDataModule):
+    """iNaturalist 2018, super-categories, one gray pixel a token: 1,024 tokens, 256 ids, 14 classes.
+
+    No copy with super-categories is known on the hub, so ``path`` is needed. It is one of
+
+    - the unpacked archive of the competition: ``train_val2018/<super-category>/<species>/*.jpg`` and
+      ``val2018.json``, which says what belongs to the official validation set;
+    - a folder of pictures: ``<class>/**/*.jpg``, or ``train/<class>/**/*.jpg`` and ``val/...`` (or
+      ``validation/...``) and ``test/...``;
+    - parquet files with an ``image`` and a ``label`` column.
+
+    As is usual with this data set, whose test labels were never published, the official validation set (24,426
+    pictures) is the test set, and a part of the official training set (437,513) is held out for validation.
+
+    Args:
+        path: local folder in one of these forms, or a single parquet file.
+        hub_id: a data set on the hub with ``image`` and ``label`` columns, used when there is no path.
+        num_classes: classes in the source; 14 super-categories in the original.
+        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
+        image_size: edge of the pictures in pixels; others are resized, bilinearly.
+        batch_size: samples in a training batch, per process. Incomplete training batches are left out.
+        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
+        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
+        seed: decides the order of the training samples, together with the epoch.
+        train_samples: train on so many samples only, chosen at random; all when not given.
+        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+
+    Raises:
+        ValueError: an argument is out of range, or there is neither a path nor a hub id.
+    """
+
+    dataset_name = "iNaturalist 2018"
+    content_columns = ("image", "img")
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        hub_id: str | None = None,
+        num_classes: int = 14,
+        cache_dir: str | None = None,
+        image_size: int = 32,
+        batch_size: int = 512,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_samples: int | None = None,
+        eval_samples: int | None = None,
+    ) -> None:
+        super().__init__(
+            path=path,
+            cache_dir=cache_dir,
+            image_size=image_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_samples=train_samples,
+            eval_samples=eval_samples,
+        )
+        check_at_least("num_classes", num_classes, 2)
+        if path is None and hub_id is None:
+            raise ValueError(
+                "no copy of iNaturalist 2018 with super-categories is known on the hub; download it from "
+                "github.com/visipedia/inat_comp and pass its folder as --data.path"
+            )
+        self.hub_id = hub_id
+        self.num_classes = num_classes
+
+    def load(self) -> Prepared:
+        """Tokens from the cache, or else from a folder of pictures, from parquet files or from the hub.
+
+        Raises:
+            FileNotFoundError: the path, or training pictures in it, do not exist.
+            ValueError: the number of classes is not ``num_classes``, or a picture cannot be decoded.
+        """
+        if self.path is None:
+            return super().load()
+        root = sources.existing_path(self.path, self.dataset_name)
+        if root.is_file() or next(root.rglob("*.parquet"), None) is not None:
+            return super().load()
+        files = find_pictures(root)
+        names = sorted({name for split in files.values() for name, _ in split})
+        if len(names) != self.num_classes:
+            raise ValueError(
+                f"{root} has {len(names)} class folders ({', '.join(names[:5])}...), expected {self.num_classes}; pass "
+                f"--data.num_classes {len(names)} if these are the classes"
+            )
+        identity = [[split, sources.fingerprint(path for _, path in found)] for split, found in sorted(files.items())]
+        return self.load_cached(
+            identity, lambda: {split: _table(root, split, found, names) for split, found in files.items()}
+        )
+
+
+def find_pictures(root: Path) -> dict[str, list[tuple[str, Path]]]:
+    """The pictures of each split, as (class name, file), in one of the forms that :class:`INaturalist` names.
+
+    Raises:
+        FileNotFoundError: there are no training pictures.
+    """
+    folders = {"train": root}
+    if (root / "train_val2018").is_dir():
+        folders = {"train": root / "train_val2018"}
+    elif any(split_of_folder(folder) for folder in root.iterdir()):
+        folders = {split: folder for folder in sorted(root.iterdir()) if (split := split_of_folder(folder))}
+    found = {split: _pictures(folder) for split, folder in folders.items()}
+    if (root / "val2018.json").is_file():
+        with (root / "val2018.json").open(encoding="utf-8") as file:
+            official = {root / image["file_name"] for image in json.load(file)["images"]}
+        found["validation"] = [item for item in found["train"] if item[1] in official]
+        found["train"] = [item for item in found["train"] if item[1] not in official]
+    if not found.get("train"):
+        raise FileNotFoundError(
+            f"looked for <class>/*.jpg, train/<class>/*.jpg, train_val2018/<class>/*/*.jpg and train*.parquet in "
+            f"{root} and found no training picture; point --data.path at a folder of one of these forms"
+        )
+    return {split: items for split, items in found.items() if items}
+
+
+def split_of_folder(folder: Path) -> str | None:
+    """The split that a folder named train, val, validation or test holds."""
+    names = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+    return names.get(folder.name.lower()) if folder.is_dir() else None
+
+
+def _pictures(folder: Path) -> list[tuple[str, Path]]:
+    """(class name, file) of each picture, where the class is the folder's first level; sorted."""
+    found = []
+    for place, _, names in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        if inside.parts and not inside.parts[0].startswith("."):
+            found += [
+                (inside.parts[0], Path(place, name)) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES
+            ]
+    return sorted(found)
+
+
+def _table(root: Path, split: str, found: list[tuple[str, Path]], names: list[str]) -> sources.Table:
+    number = {name: i for i, name in enumerate(names)}
+
+    def read(columns: list[str]) -> Iterator[pa.Table]:
+        for start in range(0, len(found), 512):
+            part = found[start : start + 512]
+            images = [{"bytes": path.read_bytes(), "path": str(path)} for _, path in part]
+            yield pa.table({"image": images, "label": [number[name] for name, _ in part]}).select(columns)
+
+    return sources.Table(f"{root} ({split})", ["image", "label"], len(found), {"label": names}, read)

@@ -1,0 +1,115 @@
+"""Floor 3, data: texts as characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sat.data.base import check_at_least
+from sat.data.files import FileDataModule
+from sat.data.loading import Batch
+from sat.data.sources import Table
+
+
+class Characters(Dataset[Batch]):
+    """Rows of a flat Latin-1 buffer; indexed by a list of positions, it gives a padded batch."""
+
+    def __init__(self, tensors: dict[str, Tensor], rows: Tensor, seq_len: int) -> None:
+        self.bytes, self.offsets, self.labels = (tensors[name].numpy() for name in ("bytes", "offsets", "labels"))
+        self.rows, self.seq_len = rows.numpy(), seq_len
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        """``input_ids`` int64 ``[B, L]``: a character's Latin-1 code + 1, 0 = padding; and mask and labels."""
+        # NumPy, row by row: at this size PyTorch's parallel indexing costs more in waiting threads than it saves.
+        rows = self.rows[positions]
+        begin, end = self.offsets[rows], self.offsets[rows + 1]
+        ids = np.zeros((len(rows), self.seq_len), dtype=np.int64)
+        for row, first, last in zip(ids, begin.tolist(), end.tolist(), strict=True):
+            np.add(self.bytes[first:last], 1, out=row[: last - first], dtype=np.int64)
+        mask = np.arange(self.seq_len) < (end - begin)[:, None]
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(self.labels[rows]),
+        }
+
+
+class TextDataModule(FileDataModule):
+    """Texts, one character a token, cut and padded to ``seq_len``.
+
+    A token is the character's Latin-1 code + 1; characters outside Latin-1 become question marks, and id 0 is
+    padding. An empty text counts as one space, so that every sample has a token to attend to.
+
+    Args:
+        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
+            parquet file; the hub when not given.
+        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
+        seq_len: characters in a sequence: longer texts are cut, shorter ones padded.
+        batch_size: samples in a training batch, per process. Incomplete training batches are left out.
+        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
+        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
+        seed: decides the order of the training samples, together with the epoch.
+        train_samples: train on so many samples only, chosen at random; all when not given.
+        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+    """
+
+    vocab_size = 257
+    has_padding = True
+    content_columns = ("text",)
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        cache_dir: str | None = None,
+        seq_len: int = 1024,
+        batch_size: int = 512,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_samples: int | None = None,
+        eval_samples: int | None = None,
+    ) -> None:
+        super().__init__(
+            path=path,
+            cache_dir=cache_dir,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_samples=train_samples,
+            eval_samples=eval_samples,
+        )
+        check_at_least("seq_len", seq_len, 1)
+        self.seq_len = seq_len
+
+    def dataset(self, tensors: dict[str, Tensor], rows: Tensor) -> Characters:
+        """Some rows of a split, as a map from a list of positions to a batch."""
+        return Characters(tensors, rows, self.seq_len)
+
+    def encoding(self) -> list[int]:
+        """The tokens of a text depend on where it is cut."""
+        return [self.seq_len]
+
+    def encode(self, rows: Iterator[pa.Array], table: Table) -> dict[str, Tensor]:
+        """All texts in one uint8 buffer, and int64 ``offsets [n + 1]`` of where each begins."""
+        buffer = bytearray()
+        offsets = [0]
+        for column in rows:
+            if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+                raise ValueError(f"the texts of {table.name} are of the type {column.type}; write them as strings")
+            for text in column.to_pylist():
+                if text is None:
+                    raise ValueError(f"row {len(offsets) - 1} of {table.name} has no text; leave such rows out")
+                buffer += text[: self.seq_len].encode("latin-1", "replace") or b" "
+                offsets.append(len(buffer))
+        data = torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0, dtype=torch.uint8)
+        return {"bytes": data, "offsets": torch.tensor(offsets, dtype=torch.int64)}

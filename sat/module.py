@@ -1,0 +1,122 @@
+"""Floor 4: the LightningModule: a sequence classifier with the paper's optimizer and schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+Batch = dict[str, Tensor]
+
+
+class ClassificationModule(LightningModule):
+    """Trains a model that maps ``input_ids`` (and ``attention_mask``) to logits.
+
+    AdamW and one cycle of the learning rate with linear annealing, as in Yoon et al. 2024: up to ``lr`` within
+    ``warmup_steps``, then down to 0 at the last step.
+
+    Args:
+        model: ``model(input_ids, attention_mask) -> logits [B, classes]``.
+        num_classes: number of classes.
+        lr: largest learning rate.
+        warmup_steps: optimizer steps until it is reached.
+        weight_decay: AdamW's decoupled weight decay.
+        betas: AdamW's two averaging factors.
+        eps: AdamW's epsilon.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        *,
+        lr: float = 1e-3,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise ValueError(f"lr must be above 0, got {lr}")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        self.model = model
+        self.lr, self.warmup_steps = lr, warmup_steps
+        self.weight_decay, self.betas, self.eps = weight_decay, (betas[0], betas[1]), eps
+        self.accuracies = nn.ModuleDict(
+            # Micro average: the share of right answers. Not "train": nn.ModuleDict has a method of that name.
+            {name: MulticlassAccuracy(num_classes, average="micro") for name in ("fit", "val", "test")}
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits ``[B, classes]`` of a batch."""
+        return self.model(batch["input_ids"], batch.get("attention_mask"))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The cross entropy of a batch, in nats.
+
+        Raises:
+            FloatingPointError: it is NaN or infinite. The weights are still those of the step before.
+        """
+        logits = self(batch)
+        loss = F.cross_entropy(logits, batch["labels"])
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss.item()} at step {self.global_step}; the run stops before this step "
+                f"changes the weights. A smaller model.lr, a longer warm-up or trainer.precision=32-true may help"
+            )
+        self._log_accuracy("fit", logits, batch["labels"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy and loss on validation data."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy and loss on test data."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: Batch) -> None:
+        logits = self(batch)
+        size = len(logits)
+        loss = F.cross_entropy(logits, batch["labels"])
+        self.log(f"{split}/loss", loss, on_epoch=True, batch_size=size, sync_dist=True)
+        self._log_accuracy(split, logits, batch["labels"])
+
+    def _log_accuracy(self, split: str, logits: Tensor, labels: Tensor) -> None:
+        metric: Any = self.accuracies[split]
+        metric(logits, labels)
+        training = split == "fit"
+        name = "train/acc" if training else f"{split}/acc"
+        self.log(name, metric, on_step=training, on_epoch=not training, prog_bar=True, batch_size=len(labels))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW and OneCycle over the whole training, linear both ways."""
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf") or total < 1:
+            raise ValueError(
+                f"the learning rate's cycle needs the number of steps in advance, which is {total} here; set "
+                f"trainer.max_steps or trainer.max_epochs"
+            )
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=self.lr,
+            total_steps=int(total) + 1,  # Lightning asks for one value more than there are steps
+            pct_start=min(1.0, self.warmup_steps / total),
+            anneal_strategy="linear",
+            cycle_momentum=False,  # the betas stay what they were set to
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,297 @@
+"""Floor 6: a run's files: configs, folders, checkpoints, layouts, the summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from sat.attention import AdaptiveAttention
+from sat.callback import AdaptiveSparsity
+from sat.layout import BlockLayout
+from sat.monitor import Monitor
+from sat.plots import plot_layouts, plot_statistics
+
+CONFIG_FOLDER = "configs"
+
+
+# Command line
+
+
+def shipped_configs() -> Path:
+    """The folder of the shipped configs: beside ``sat/`` in a checkout, ``sat/configs`` in an installed wheel."""
+    package = Path(__file__).parent
+    checkout = package.parent / CONFIG_FOLDER
+    return checkout if checkout.is_dir() else package / CONFIG_FOLDER
+
+
+def option_values(argv: list[str], options: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """The values given to some options, ``--option value`` or ``--option=value``, in order."""
+    for index, argument in enumerate(argv):
+        option, equals, value = argument.partition("=")
+        if option in options:
+            if not equals:
+                if index + 1 == len(argv):
+                    raise ValueError(f"{option} needs a value after it")
+                value = argv[index + 1]
+            yield option, value
+
+
+def resolve_config_arguments(argv: list[str]) -> list[str]:
+    """Bare config names become paths into the shipped configs; the first one names the run.
+
+    Raises:
+        ValueError: there is no such config; names those that there are.
+    """
+    resolved = list(argv)
+    named = any(option == "--name" for option, _ in option_values(argv, ("--name",)))
+    for _, value in list(option_values(argv, ("--config",))):
+        path = _find_config(value)
+        resolved = [
+            str(path) if a == value else f"--config={path}" if a == f"--config={value}" else a for a in resolved
+        ]
+        if not named:
+            resolved += ["--name", path.stem]
+            named = True
+    return resolved
+
+
+def _find_config(value: str) -> Path:
+    here, shipped = Path(value), shipped_configs()
+    candidates = [here, shipped / value, shipped / f"{value}.yaml"] if here.name == value else [here]
+    for path in candidates:
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(p.name for p in shipped.glob("*.yaml")))
+    raise ValueError(f"no config {value!r}; give the path of a YAML file, or one of {names}")
+
+
+# Folders and checkpoints
+
+
+def run_folder(output_dir: Path, name: str, checkpoint: Path | None) -> Path:
+    """A new folder ``output_dir/name/time``; the checkpoint's own run folder when a run goes on.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    if checkpoint is not None and checkpoint.parent.name == "checkpoints":
+        folder = checkpoint.parent.parent
+    else:
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        folder = output_dir / name / stamp
+        attempt = 1
+        while folder.exists():
+            attempt += 1
+            folder = output_dir / name / f"{stamp}_{attempt}"
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"cannot write to the run folder {folder} ({error.strerror}); choose another --output_dir"
+        ) from error
+    return folder
+
+
+def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | None:
+    """The checkpoint to go on from; ``last`` is that of the newest run of this name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path != "last":
+        path = Path(ckpt_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no checkpoint at {path}")
+        return path
+    found = sorted(runs_of_this_name.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"--ckpt_path last: no run in {runs_of_this_name} has a checkpoint yet; start one without --ckpt_path"
+        )
+    return found[-1]
+
+
+def check_checkpoint(path: Path, module: LightningModule) -> None:
+    """That a file is a checkpoint of this very model; reads tensors, numbers and strings only.
+
+    Raises:
+        ValueError: it is not, with the reason.
+    """
+    try:
+        # Mapped, so that a file that is cut short fails here and a large one costs no memory.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a broken or hostile file makes the reader raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a whole checkpoint ({reason}); give another --ckpt_path") from error
+    if not isinstance(checkpoint, Mapping) or not {"state_dict", "loops", "callbacks"} <= set(checkpoint):
+        raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
+    ours, theirs = module.state_dict(), checkpoint["state_dict"]
+    odd = sorted(set(ours) ^ set(theirs))
+    if odd:
+        where = "this model" if odd[0] in ours else "the checkpoint"
+        raise ValueError(
+            f"{path} is a checkpoint of another model: {odd[0]} is in {where} only; start it with the config that the "
+            f"checkpoint was made with"
+        )
+    for name, tensor in ours.items():
+        if tensor.shape != theirs[name].shape:
+            raise ValueError(
+                f"{path} is a checkpoint of another model: {name} has the shape {list(theirs[name].shape)} there and "
+                f"{list(tensor.shape)} here; start it with the config that the checkpoint was made with"
+            )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# Results
+
+
+def attentions(module: LightningModule) -> list[AdaptiveAttention]:
+    """The model's attention modules, in order."""
+    return [m for m in module.modules() if isinstance(m, AdaptiveAttention)]
+
+
+def save_layouts(folder: Path, layouts: Mapping[str, BlockLayout], sparsity: AdaptiveSparsity | None) -> None:
+    """Layouts as safetensors and as a picture, statistics as a picture."""
+    if sparsity is None:
+        return
+    if layouts:
+        (folder / "layouts").mkdir(exist_ok=True)
+        for index, layout in enumerate(layouts.values()):
+            # A shared layout is expanded to all heads in the module; one head says the same.
+            shared = bool((layout.mask == layout.mask[:1]).all())
+            BlockLayout(layout.mask[:1] if shared else layout.mask, layout.block_size).save(
+                folder / "layouts" / f"layer{index}.safetensors"
+            )
+        saved = {
+            f"layer {i}": BlockLayout.load(folder / "layouts" / f"layer{i}.safetensors") for i in range(len(layouts))
+        }
+        held = {t.layer: t.captured_mass for t in sparsity.transitions}
+        plot_layouts(saved, folder / "layouts.png", captured=[held.get(i, math.nan) for i in range(len(saved))])
+    if sparsity.history and sparsity.controller is not None:
+        layers = range(len(sparsity.attentions))
+        steps = sparsity.controller.transition_steps
+        plot_statistics(
+            [record["step"] for record in sparsity.history],
+            [[record["layers"][layer]["skewness"] for record in sparsity.history] for layer in layers],
+            [[record["layers"][layer]["relative_change"] for record in sparsity.history] for layer in layers],
+            theta=sparsity.theta,
+            delta=sparsity.delta,
+            switch_steps=steps,
+            names=[f"layer {layer}" for layer in layers],
+            path=folder / "statistics.png",
+        )
+
+
+def summarize(
+    name: str, trainer: Trainer, module: LightningModule, monitor: Monitor, sparsity: AdaptiveSparsity | None
+) -> dict[str, Any]:
+    """What a run came to, as plain numbers and strings."""
+    dense, sparse = monitor.median_step_ms("dense"), monitor.median_step_ms("sparse")
+    device = module.device
+    summary: dict[str, Any] = {
+        "name": name,
+        "steps": trainer.global_step,
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{_processor()}, {torch.get_num_threads()} threads",
+        "versions": {package: metadata.version(package) for package in ("torch", "lightning")}
+        | {"python": platform.python_version()},
+        "validation_accuracy": {key: round(value, 4) for key, value in monitor.accuracy_at_switch.items()}
+        | (
+            {"final": round(float(trainer.callback_metrics["val/acc"]), 4)}
+            if "val/acc" in trainer.callback_metrics
+            else {}
+        ),
+        "median_step_ms": {key: round(value, 2) for key, value in (("dense", dense), ("sparse", sparse)) if value},
+        "peak_memory_mib": {key: round(value) for key, value in monitor.peak_memory.items()},
+    }
+    if dense and sparse:
+        summary["sparse_step_speedup"] = round(dense / sparse, 2)
+    if sparsity is not None and sparsity.controller is not None:
+        summary["transitions"] = [
+            {key: value for key, value in t._asdict().items() if key != "layout"} for t in sparsity.transitions
+        ]
+        if not sparsity.all_sparse:
+            summary["not_switched"] = {
+                str(layer): sparsity.controller.missing[layer] for layer in sparsity.controller.dense_layers
+            }
+    return summary
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """The summary as JSON; what is not defined yet is null."""
+    write_text(path, json.dumps(_json_safe(summary), indent=2) + "\n")
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
+    """What a person wants to know at the end, and where the rest lies."""
+    table = Table(title=f"{summary['name']}: {summary['steps']} steps", title_justify="left", show_header=False)
+    validation, test = summary["validation_accuracy"], summary["test_accuracy"]
+    times, memory = summary["median_step_ms"], summary["peak_memory_mib"]
+    if "before" in validation:
+        table.add_row("validation accuracy before the switch", f"{validation['before']:.3f}")
+        table.add_row("validation accuracy right after it", f"{validation['after']:.3f}")
+    if "final" in validation:
+        table.add_row("validation accuracy at the end", f"{validation['final']:.3f}")
+    table.add_row("test accuracy, final model", f"{test['final']:.3f}")
+    if "best" in test:
+        best = summary["best_checkpoint"]
+        table.add_row(f"test accuracy, best model (step {best['step']}, {best['phase']})", f"{test['best']:.3f}")
+    for phase, milliseconds in times.items():
+        table.add_row(f"median step, {phase}", f"{milliseconds:.0f} ms")
+    if "sparse_step_speedup" in summary:
+        table.add_row("a sparse step is faster by", f"{summary['sparse_step_speedup']:.2f} x")
+    for phase, mebibytes in memory.items():
+        table.add_row(f"peak memory, {phase}", f"{mebibytes:,} MiB")
+    console.print(table)
+    for layer, missing in summary.get("not_switched", {}).items():
+        console.print(f"layer {layer} stayed dense: {missing}", soft_wrap=True)
+    shown = [
+        p
+        for p in ("summary.json", "layouts.png", "layouts", "statistics.png", "checkpoints", "csv")
+        if (folder / p).exists()
+    ]
+    console.print(f"everything lies in {folder}: {', '.join(shown)}", highlight=False, soft_wrap=True)

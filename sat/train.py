@@ -1,0 +1,240 @@
+"""Floor 7: ``python -m sat.train --config cifar10.yaml``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
+
+from sat import runs
+from sat.callback import AdaptiveSparsity
+from sat.data import DATASETS, SequenceDataModule
+from sat.models import SequenceClassifier
+from sat.module import ClassificationModule
+from sat.monitor import ExactResume, Monitor, PlainProgress, RichProgress, RunInterrupted, SaveOnInterrupt
+
+DESCRIPTION = """Train a Transformer densely until its attention has settled, then sparsely.
+
+Example: python -m sat.train --config cifar10.yaml --sparsity.density 0.1 --data.path DIR --trainer.max_steps 500
+"""
+# Options of Lightning's Trainer that are ours to set, or that would name classes and so load code.
+TRAINER_SKIP = {
+    "accelerator",
+    "strategy",
+    "logger",
+    "callbacks",
+    "plugins",
+    "profiler",
+    "model_registry",
+    "default_root_dir",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "use_distributed_sampler",
+    "barebones",
+    "fast_dev_run",
+    "overfit_batches",
+}
+
+
+def build_parser(data_name: str) -> ArgumentParser:
+    """The command line for one data set; its sections are those of a config file."""
+    parser = ArgumentParser(prog="python -m sat.train", description=DESCRIPTION, exit_on_error=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file, or the name of one in configs/")
+    parser.add_argument("--name", type=str, default="run", help="the run's name, by default that of its config")
+    parser.add_argument("--output_dir", type=str, default="runs", help="folder that gets a folder for each run")
+    parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to go on from; 'last': of the newest run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, dropout and data order")
+    parser.add_argument("--compile", type=bool, default=False, help="compile the model with torch.compile")
+    parser.add_argument("--data.name", type=str, required=True, help=f"data set: {', '.join(DATASETS)}")
+    parser.add_class_arguments(DATASETS[data_name], "data", skip={"seed"})
+    parser.add_class_arguments(SequenceClassifier, "model", skip={"vocab_size", "seq_len", "num_classes"})
+    parser.add_class_arguments(ClassificationModule, "optimizer", skip={"model", "num_classes"})
+    parser.add_class_arguments(AdaptiveSparsity, "sparsity", skip={"seed"})
+    parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP)
+    parser.add_argument("--trainer.accelerator", type=str, default="auto", help="auto, cpu, gpu or mps")
+    parser.add_argument("--trainer.strategy", type=str, default="auto", help="auto, ddp or fsdp")
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[Namespace, ArgumentParser]:
+    """Arguments and config files, checked.
+
+    Raises:
+        ValueError: an unknown config, data set, key, or a value of the wrong type.
+    """
+    argv = runs.resolve_config_arguments(argv)
+    data_name = _data_name(argv)
+    if data_name is None:
+        if {"-h", "--help"} & set(argv) or not argv:
+            data_name = "cifar10"  # any: they share most options
+        else:
+            raise ValueError(f"no data set chosen; give --config or --data.name, one of {', '.join(DATASETS)}")
+    if data_name not in DATASETS:
+        raise ValueError(f"unknown data set {data_name!r} in data.name; there are {', '.join(DATASETS)}")
+    parser = build_parser(data_name)
+    try:
+        return parser.parse_args(argv or ["--help"]), parser
+    except argparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _data_name(argv: list[str]) -> str | None:
+    """``data.name``, which decides what the ``data`` section may hold, before the rest is read."""
+    name = None
+    for option, value in runs.option_values(argv, ("--config", "--data.name")):
+        if option == "--data.name":
+            name = value
+            continue
+        try:
+            content = yaml.safe_load(Path(value).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{value} is not a YAML file: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("data", {}), dict):
+            raise ValueError(f"{value} is not a config: it must map sections such as data and model to options")
+        name = content.get("data", {}).get("name", name)
+    return name
+
+
+class Run:
+    """One training, from its arguments: set up, train, test, report."""
+
+    def __init__(self, args: Namespace, parser: ArgumentParser, console: Console) -> None:
+        self.console = console
+        self.name = args.name
+        seed_everything(args.seed, verbose=False)
+        data_options = args.data.as_dict()
+        self.data: SequenceDataModule = DATASETS[data_options.pop("name")](**data_options, seed=args.seed)
+        model = SequenceClassifier(
+            self.data.vocab_size, self.data.seq_len, self.data.num_classes, **args.model.as_dict()
+        )
+        self.module = ClassificationModule(model, self.data.num_classes, **args.optimizer.as_dict())
+        if args.compile:
+            model.compile(fullgraph=True)
+        self.sparsity = None
+        if args.model.attention == "adaptive":
+            self.sparsity = AdaptiveSparsity(**args.sparsity.as_dict(), seed=args.seed)
+        checkpoint = runs.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
+        if checkpoint is not None:
+            runs.check_checkpoint(checkpoint, self.module)
+        self.checkpoint = checkpoint
+        self.folder = runs.run_folder(Path(args.output_dir), args.name, checkpoint)
+        self.last = self.folder / "checkpoints" / "last.ckpt"
+        runs.write_text(self.folder / "config.yaml", parser.dump(args, skip_unset=False))
+        self.monitor = Monitor(self.sparsity, console)
+        self.best = ModelCheckpoint(
+            self.folder / "checkpoints",
+            filename="best",
+            monitor="val/acc",
+            mode="max",
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,  # at the end of validation, whether or not an epoch ends there
+        )
+        self.trainer = Trainer(
+            **args.trainer.as_dict(),
+            logger=[
+                CSVLogger(self.folder, name="csv"),
+                TensorBoardLogger(self.folder, name="tensorboard", version=""),
+            ],
+            callbacks=self._callbacks(),
+            use_distributed_sampler=False,  # our loaders know their rank
+            enable_model_summary=False,
+            enable_progress_bar=console.is_terminal,
+            default_root_dir=self.folder,
+        )
+
+    def _callbacks(self) -> list[Callback]:
+        """In the order in which they act at the end of a step."""
+        progress = RichProgress(self.monitor) if self.console.is_terminal else PlainProgress(self.monitor, self.console)
+        keep_last = ModelCheckpoint(
+            self.last.parent, filename="last", every_n_train_steps=100, enable_version_counter=False
+        )
+        sparsity = [self.sparsity] if self.sparsity else []
+        return [*sparsity, self.monitor, progress, ExactResume(), SaveOnInterrupt(self.last), self.best, keep_last]
+
+    def prepare(self) -> None:
+        """Read the data, before anything else can fail."""
+        self.data.prepare_data()
+        self.data.setup("fit")
+        parameters = sum(p.numel() for p in self.module.parameters())
+        self.console.print(
+            f"{self.name}: {self.data.seq_len} tokens, {self.data.num_classes} classes, {parameters:,} parameters; "
+            f"results go to {self.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def train(self) -> None:
+        """To the end; leaves ``last.ckpt`` as it is then."""
+        ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
+        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path, weights_only=True)
+        self.trainer.save_checkpoint(self.last)
+
+    def report(self) -> dict[str, Any]:
+        """Test the final and the best model, write and print the summary."""
+        summary = runs.summarize(self.name, self.trainer, self.module, self.monitor, self.sparsity)
+        layouts = self.sparsity.layouts if self.sparsity else {}
+        runs.save_layouts(self.folder, layouts, self.sparsity)
+        summary["test_accuracy"] = {"final": self._test()}
+        if Path(self.best.best_model_path).is_file():
+            best = torch.load(self.best.best_model_path, map_location="cpu", weights_only=True)
+            self.module.load_state_dict(best["state_dict"])
+            phase = "sparse" if all(a.is_sparse for a in runs.attentions(self.module)) else "dense"
+            summary["test_accuracy"]["best"] = self._test()
+            summary["best_checkpoint"] = {"step": best["global_step"], "phase": phase}
+        runs.write_summary(self.folder / "summary.json", summary)
+        runs.print_summary(self.console, self.folder, summary)
+        return summary
+
+    def _test(self) -> float:
+        (metrics,) = self.trainer.test(self.module, datamodule=self.data, verbose=False)
+        return round(metrics["test/acc"], 4)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """The command. Bad input ends it with a sentence and exit status 2, Ctrl-C with 130."""
+    argv = sys.argv[1:] if argv is None else argv
+    console = Console()
+    _quiet_lightning()
+    try:
+        run = Run(*parse(argv), console)
+        run.prepare()
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error), 2)
+    try:
+        run.train()
+    except RunInterrupted as stop:
+        _fail(f"{stop}; go on with --ckpt_path {run.last} (or --ckpt_path last)", 130)
+    except FloatingPointError as error:
+        kept = f"; the last good checkpoint is {run.last}" if run.last.is_file() else ""
+        _fail(f"{error}{kept}", 1)
+    return run.report()
+
+
+def _fail(sentence: str, status: int) -> NoReturn:
+    print(f"sat.train: {sentence}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _quiet_lightning() -> None:
+    """Leave out what Lightning says at every start; what is wrong still shows."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*number of training batches.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What is wrong is said in a sentence, before any work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from jsonargparse import ArgumentParser
+
+from sat.data import CIFAR10, DATASETS, AGNews, Digits, INaturalist, SequenceDataModule, YelpPolarity
+
+PAIRS = [("good", 1), ("bad", 0)] * 10
+GRAY = np.zeros((4, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [
+        (Digits, {"batch_size": 0}),
+        (Digits, {"batch_size": 2.0}),
+        (Digits, {"eval_batch_size": 0}),
+        (Digits, {"num_workers": -1}),
+        (Digits, {"seed": -1}),
+        (Digits, {"train_samples": -5}),
+        (Digits, {"eval_samples": 0}),
+        (Digits, {"image_size": 0}),
+        (CIFAR10, {"image_size": 0}),
+        (AGNews, {"seq_len": 0}),
+        (INaturalist, {"path": "x", "num_classes": 1}),
+    ],
+)
+def test_arguments_out_of_range(cls: type[SequenceDataModule], arguments: dict[str, Any]):
+    name, value = list(arguments.items())[-1]
+    with pytest.raises(
+        ValueError, match=f"{name} must be an integer of at least ., got {value}; correct --data.{name}"
+    ):
+        cls(**arguments)
+
+
+def test_inaturalist_needs_a_source():
+    with pytest.raises(ValueError, match=r"--data\.path"):
+        INaturalist()
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere to read AG News from; correct --data\.path"):
+        AGNews(path=str(tmp_path / "nowhere"), cache_dir=str(tmp_path)).prepare_data()
+
+
+def test_a_folder_without_training_data(tmp_path: Path, text_folder: Callable[..., Path]):
+    def prepare(cls: type[SequenceDataModule]) -> None:
+        cls(path=str(tmp_path), cache_dir=str(tmp_path / "cache")).prepare_data()
+
+    with pytest.raises(FileNotFoundError, match=r"train\*\.parquet .* no parquet file at all"):
+        prepare(AGNews)
+    with pytest.raises(FileNotFoundError, match=r"no training picture|<class>/\*\.jpg"):
+        prepare(INaturalist)
+    text_folder(test=PAIRS)
+    with pytest.raises(FileNotFoundError, match=r"found test\.parquet"):
+        prepare(AGNews)
+
+
+def test_wrong_columns(tmp_path: Path):
+    pq.write_table(pa.table({"review": ["a"], "stars": [1]}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="has the columns review, stars, expected one named text"):
+        YelpPolarity(path=str(tmp_path), cache_dir=str(tmp_path / "cache")).prepare_data()
+    with pytest.raises(ValueError, match="expected one named img or image"):
+        CIFAR10(path=str(tmp_path), cache_dir=str(tmp_path / "cache")).prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("a", 2), "has the label 2, expected integers from 0 to 1"),
+        (("a", -1), "has the label -1"),
+        (("a", None), "a row without a label"),
+        (("a", 0.5), "of the type double"),
+        (("a", "positive"), "of the type string"),
+        ((None, 0), "row 0 of .* has no text"),
+    ],
+)
+def test_wrong_rows(text_folder: Callable[..., Path], row: tuple[Any, Any], message: str):
+    rows = [row, ("b", type(row[1])(0))] if row[1] is not None else [row, ("b", 0)]
+    folder = text_folder(train=rows)
+    with pytest.raises(ValueError, match=message):
+        YelpPolarity(path=str(folder), cache_dir=str(folder / "cache")).prepare_data()
+
+
+def test_contents_of_the_wrong_type(tmp_path: Path):
+    table = pa.table({"text": [1, 2], "img": [3, 4], "label": [0, 1]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    for cls, message in ((YelpPolarity, "write them as strings"), (CIFAR10, "Image feature")):
+        with pytest.raises(ValueError, match=message):
+            cls(path=str(tmp_path), cache_dir=str(tmp_path / "cache")).prepare_data()
+
+
+def test_a_file_that_is_cut_short(text_folder: Callable[..., Path]):
+    folder = text_folder(train=PAIRS)
+    (folder / "train.parquet").write_bytes((folder / "train.parquet").read_bytes()[:-30])
+    with pytest.raises(ValueError, match="not a whole parquet file"):
+        YelpPolarity(path=str(folder), cache_dir=str(folder / "cache")).prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"), [(b"no picture", "row 1 of .* cannot be decoded"), (None, "row 1 of .* has no bytes")]
+)
+def test_a_picture_that_cannot_be_decoded(picture_folder: Callable[..., Path], broken: bytes | None, message: str):
+    folder = picture_folder(train=[(GRAY, 0), (broken, 1)])
+    with pytest.raises(ValueError, match=message):
+        CIFAR10(path=str(folder), cache_dir=str(folder / "cache")).prepare_data()
+
+
+def test_a_cache_folder_that_cannot_be_written(text_folder: Callable[..., Path]):
+    folder = text_folder(train=PAIRS)
+    (folder / "file").write_text("in the way")
+    with pytest.raises(PermissionError, match=r"pass a writable folder as --data\.cache_dir"):
+        YelpPolarity(path=str(folder), cache_dir=str(folder / "file" / "cache")).prepare_data()
+
+
+def test_the_hub_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    with pytest.raises(ConnectionError, match=r"fancyzhx/ag_news .*no route to host.* --data\.path"):
+        AGNews(cache_dir=str(tmp_path)).prepare_data()
+
+
+def test_rows_from_the_hub_are_those_of_the_same_files(
+    text_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    import datasets
+    import huggingface_hub
+
+    folder = text_folder(train=PAIRS, test=PAIRS)
+    splits = datasets.DatasetDict(
+        {name: datasets.Dataset(pq.read_table(folder / f"{name}.parquet")) for name in ("train", "test")}
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    hub = YelpPolarity(cache_dir=str(folder / "cache"), batch_size=4, seq_len=8)
+    local = YelpPolarity(path=str(folder), cache_dir=str(folder / "cache"), batch_size=4, seq_len=8)
+    for data in (hub, local):
+        data.setup()
+    pairs = zip(hub.train_dataloader(), local.train_dataloader(), strict=True)
+    assert all(a[key].equal(b[key]) for a, b in pairs for key in a)
+
+
+def test_a_training_set_smaller_than_a_batch():
+    digits = Digits(batch_size=64, train_samples=63)
+    digits.setup()
+    with pytest.raises(ValueError, match=r"63 training samples, fewer than one batch of 64; lower --data\.batch_size"):
+        digits.train_dataloader()
+
+
+def test_a_loader_before_setup():
+    with pytest.raises(RuntimeError, match=r"call setup\(\)"):
+        Digits().train_dataloader()
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_argument_is_explained_on_the_command_line(name: str):
+    parser = ArgumentParser()
+    parser.add_class_arguments(DATASETS[name], "data")
+    text = re.sub(r"\s+", " ", parser.format_help())
+    options = set(re.findall(r"--data\.(\w+)", text))
+    common = {"batch_size", "eval_batch_size", "num_workers", "seed", "train_samples", "eval_samples"}
+    assert common <= options
+    assert ({"path", "cache_dir"} <= options) == (name != "digits")
+    assert ({"seq_len"} <= options) == (name in ("ag_news", "yelp"))
+    assert ({"image_size"} <= options) == (name not in ("ag_news", "yelp"))
+    for option in options:
+        assert re.search(rf"--data\.{option} {option.upper()} \w", text), f"{option} has no explanation"

@@ -1,0 +1,174 @@
+"""Pictures as gray pixels, from hand-made files and folders."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sat.data import CIFAR10, Digits, INaturalist
+
+from .conftest import png
+
+RNG = np.random.default_rng(0)
+
+
+def test_digits_are_the_pictures_of_scikit_learn_enlarged():
+    from sklearn.datasets import load_digits
+
+    small, large = Digits(image_size=8), Digits()
+    assert (large.vocab_size, large.num_classes, large.seq_len, large.has_padding) == (256, 10, 1024, False)
+    assert small.seq_len == 64
+    source = load_digits()
+    for digits in (small, large):
+        digits.prepare_data()
+        digits.setup()
+    assert large.class_names == list("0123456789")
+    rows = small._rows["test"][1].numpy()
+    got = torch.cat([batch["input_ids"] for batch in small.test_dataloader()])
+    assert got.tolist() == np.round(source.images[rows].reshape(-1, 64) * 255 / 16).astype(int).tolist()
+    batch = next(iter(large.test_dataloader()))
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["labels"].tolist() == source.target[rows][:64].tolist()
+    first = Image.fromarray(np.round(source.images[rows[0]] * 255 / 16).astype(np.uint8))
+    assert batch["input_ids"][0].tolist() == list(first.resize((32, 32), Image.Resampling.BILINEAR).tobytes())
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+def test_pictures_become_gray_pixels_row_by_row(picture_folder: Callable[..., Path], column: str):
+    colour, gray = RNG.integers(0, 256, (32, 32, 3), np.uint8), RNG.integers(0, 256, (48, 40), np.uint8)
+    folder = picture_folder(column, train=[(gray, i % 10) for i in range(20)], test=[(colour, 3), (gray, 9)])
+    data = CIFAR10(path=str(folder), cache_dir=str(folder / "cache"), batch_size=2)
+    data.prepare_data()
+    data.setup()
+    (batch,) = data.test_dataloader()
+    resized = Image.fromarray(gray).resize((32, 32), Image.Resampling.BILINEAR)
+    weights = colour.astype(np.float64) @ [0.299, 0.587, 0.114]  # ITU-R 601-2, as in Pillow's documentation
+    assert np.abs(batch["input_ids"][0].numpy() - weights.reshape(-1)).max() <= 1
+    assert batch["input_ids"].tolist() == [
+        list(Image.fromarray(colour).convert("L").tobytes()),
+        list(resized.tobytes()),
+    ]
+    assert batch["labels"].tolist() == [3, 9]
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+def write_pictures(root: Path, names: list[str]) -> None:
+    """One picture a name, whose gray value is the position in the list times 10."""
+    for value, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(np.full((8, 8), 10 * value, np.uint8)))
+
+
+def splits_of(data: INaturalist) -> dict[str, set[tuple[int, int]]]:
+    """(gray value / 10, label) of each sample of each split."""
+    data.setup()
+    loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
+    return {
+        name: {
+            (int(pixels[0]) // 10, int(label))
+            for b in loader
+            for pixels, label in zip(b["input_ids"], b["labels"], strict=True)
+        }
+        for name, loader in loaders.items()
+    }
+
+
+def inaturalist(root: Path, cache: Path, num_classes: int = 2) -> INaturalist:
+    return INaturalist(path=str(root), cache_dir=str(cache), num_classes=num_classes, image_size=4, batch_size=1)
+
+
+def test_class_folders_without_splits(tmp_path: Path):
+    root = tmp_path / "root"
+    write_pictures(root, [f"{name}/{i}.PNG" for name in ("Aves", "Fungi") for i in range(5)])
+    (root / "Aves" / "notes.txt").write_text("no picture")
+    data = inaturalist(root, tmp_path)
+    splits = splits_of(data)
+    assert data.class_names == ["Aves", "Fungi"]
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [8, 1, 1]
+    assert set.union(*splits.values()) == {(i, i // 5) for i in range(10)}
+
+
+@pytest.mark.parametrize("held_out", ["val", "validation"])
+def test_class_folders_with_train_and_validation(tmp_path: Path, held_out: str):
+    root = tmp_path / "root"
+    write_pictures(
+        root, [f"train/{n}/{i}.png" for n in "ab" for i in range(5)] + [f"{held_out}/{n}/9.png" for n in "ab"]
+    )
+    splits = splits_of(inaturalist(root, tmp_path))
+    assert splits["test"] == {(10, 0), (11, 1)}
+    assert len(splits["train"]) == 9
+    assert len(splits["val"]) == 1
+
+
+def test_the_unpacked_archive_of_the_competition(tmp_path: Path):
+    names = [f"train_val2018/{n}/{species}/{i}.jpg" for n in ("Aves", "Fungi") for species in (7, 8) for i in range(3)]
+    write_pictures(tmp_path / "root", names)
+    official = {"images": [{"id": i, "file_name": names[i]} for i in (0, 8)], "annotations": []}
+    (tmp_path / "root" / "val2018.json").write_text(json.dumps(official))
+    splits = splits_of(inaturalist(tmp_path / "root", tmp_path))
+    assert splits["test"] == {(0, 0), (8, 1)}
+    assert splits["train"] | splits["val"] == {(i, i // 6) for i in range(12)} - splits["test"]
+
+
+def test_another_number_of_class_folders_is_refused(tmp_path: Path):
+    write_pictures(tmp_path / "root", ["a/1.png", "b/1.png", "c/1.png"])
+    with pytest.raises(ValueError, match=r"3 class folders .* expected 2; pass --data\.num_classes 3"):
+        inaturalist(tmp_path / "root", tmp_path).prepare_data()
+
+
+def test_large_photographs_are_decoded_at_a_fraction_of_their_size(tmp_path: Path):
+    ramp = np.linspace(0, 255, 640).astype(np.uint8)[None].repeat(480, 0)
+    for name in ("a", "b"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(ramp).convert("RGB").save(tmp_path / "root" / name / f"{i}.jpg", quality=95)
+    data = INaturalist(path=str(tmp_path / "root"), cache_dir=str(tmp_path), num_classes=2, batch_size=1)
+    data.setup()
+    got = next(iter(data.test_dataloader()))["input_ids"][0].numpy().reshape(32, 32)
+    exact = np.asarray(Image.fromarray(ramp).resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(got - exact).max() <= 3
+
+
+def test_real_pictures(shared: Callable[[str], str], tmp_path: Path):
+    import pyarrow.parquet as pq
+
+    path = Path(shared("cifar10"))
+    table = pq.read_table(path / "test.parquet").slice(0, 300)
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    data = CIFAR10(path=str(tmp_path), cache_dir=str(tmp_path / "cache"), batch_size=64)
+    data.prepare_data()
+    data.setup()
+    assert data.class_names[:3] == ["airplane", "automobile", "bird"]
+    batch = next(iter(data.test_dataloader()))
+    for got, row in zip(batch["input_ids"], table.slice(0, 64).to_pylist(), strict=True):
+        assert got.tolist() == list(Image.open(io.BytesIO(row["img"]["bytes"])).convert("L").tobytes())
+    assert batch["labels"].tolist() == table["label"].to_pylist()[:64]
+    loader = iter(data.train_dataloader())
+    next(loader)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        next(loader)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 5e-3
+
+
+def test_many_classes_from_real_parquet(shared: Callable[[str], str], tmp_path: Path):
+    import pyarrow.parquet as pq
+
+    path = Path(shared("tiny_imagenet32"))
+    for split in ("train", "validation"):
+        pq.write_table(pq.read_table(path / f"{split}.parquet").slice(0, 400), tmp_path / f"{split}.parquet")
+    data = INaturalist(path=str(tmp_path), num_classes=200, cache_dir=str(tmp_path / "cache"), batch_size=64)
+    data.setup()
+    assert data.num_classes == len(data.class_names) == 200
+    assert {name: len(rows) for name, (_, rows) in data._rows.items()} == {"train": 360, "validation": 40, "test": 400}
