@@ -134,9 +134,9 @@ class AdaptiveSparsity(Callback):
                 f"AdaptiveSparsity found no sat.attention.AdaptiveAttention in {type(pl_module).__name__}; build the "
                 f"model with it, or leave the callback out"
             )
-        grids = {
-            (a.num_heads, a.seq_len, a.block_size, a.is_causal): name for name, a in reversed(self.attentions.items())
-        }
+        grids: dict[tuple[int, int, int, bool], str] = {}
+        for name, a in self.attentions.items():
+            grids.setdefault((a.num_heads, a.seq_len, a.block_size, a.is_causal), name)
         if len(grids) > 1:
             raise ValueError(
                 f"AdaptiveSparsity needs attention modules of one kind, but heads, seq_len, block_size or is_causal "
@@ -178,8 +178,7 @@ class AdaptiveSparsity(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the dense layers for statistics, at every ``interval``-th optimizer step."""
         assert self.controller is not None
-        last_of_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        observes = last_of_step and (trainer.global_step + 1) % self.interval == 0
+        observes = ends_optimizer_step(trainer, batch_idx) and (trainer.global_step + 1) % self.interval == 0
         for index, attention in enumerate(self.attentions.values()):
             attention.observe_samples = self.samples if observes and self.controller.phase(index) == "dense" else 0
             attention.statistics = None
@@ -243,6 +242,11 @@ class AdaptiveSparsity(Callback):
             for saved in state_dict["transitions"]
         ]
         self.history = list(state_dict["history"])
+
+
+def ends_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether this batch is the last of its gradient accumulation; an epoch's last batch always is."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
 def _mean_over_ranks(trainer: Trainer, statistics: AttentionStatistics) -> AttentionStatistics:

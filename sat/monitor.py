@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sat.callback import AdaptiveSparsity
+from sat.callback import AdaptiveSparsity, ends_optimizer_step
 
 # Step times that are kept of each phase; a median needs no more.
 KEPT_STEP_TIMES = 2000
@@ -70,7 +70,7 @@ class Monitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read the clock; at a switch, measure and print. Runs after :class:`AdaptiveSparsity`."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_optimizer_step(trainer, batch_idx):
             return
         new = self.sparsity.transitions[self._seen :] if self.sparsity else []
         now = time.perf_counter()
@@ -268,7 +268,7 @@ class PlainProgress(Callback):
     ) -> None:
         """Print a line if it is time."""
         now = time.monotonic()
-        if now < self._next or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if now < self._next or not ends_optimizer_step(trainer, batch_idx):
             return
         self._next = now + self.seconds
         phase = phase_name(self.monitor.sparsity)

@@ -93,7 +93,7 @@ class TestFiles:
 
     def test_bad_files_are_refused(self, tmp_path):
         path = tmp_path / "a.safetensors"
-        with pytest.raises(FileNotFoundError, match="no layout file at .*a.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"no layout file at .*a\.safetensors"):
             BlockLayout.load(path)
         path.write_bytes(b"not a layout")
         with pytest.raises(ValueError, match="not a whole layout file"):
@@ -103,7 +103,7 @@ class TestFiles:
         with pytest.raises(ValueError, match="not a whole layout file"):
             BlockLayout.load(path)
         save_file({"mask": torch.ones(2, 2)}, path)
-        with pytest.raises(ValueError, match="not a layout written by BlockLayout.save"):
+        with pytest.raises(ValueError, match=r"not a layout written by BlockLayout\.save"):
             BlockLayout.load(path)
         newer = {"format": "sat.BlockLayout", "version": str(FORMAT_VERSION + 1), "block_size": "4"}
         save_file({"mask": torch.ones(2, 2, dtype=torch.bool)}, path, metadata=newer)

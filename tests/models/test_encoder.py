@@ -1,0 +1,155 @@
+import pytest
+import torch
+from torch import nn
+
+from sat.layout import BlockLayout
+from sat.models import Encoder, SequenceClassifier
+from sat.models.dropout import Dropout
+from tests.ops import oracle
+
+SMALL = {"num_layers": 2, "width": 16, "num_heads": 2, "mlp_dim": 24, "dropout": 0.0, "block_size": 16}
+
+
+def pytorchs_encoder(ours: Encoder) -> nn.Module:
+    """PyTorch's own pre-LayerNorm encoder with our weights."""
+    layer = nn.TransformerEncoderLayer(16, 2, 24, 0.0, "gelu", batch_first=True, norm_first=True)
+    theirs = nn.TransformerEncoder(layer, 2, nn.LayerNorm(16), enable_nested_tensor=False)
+    names = {
+        "self_attn.in_proj_weight": "query_key_value.weight",
+        "self_attn.in_proj_bias": "query_key_value.bias",
+        "self_attn.out_proj.weight": "attention_out.weight",
+        "self_attn.out_proj.bias": "attention_out.bias",
+        "linear1.weight": "mlp.0.weight",
+        "linear1.bias": "mlp.0.bias",
+        "linear2.weight": "mlp.3.weight",
+        "linear2.bias": "mlp.3.bias",
+        "norm1.weight": "attention_norm.weight",
+        "norm1.bias": "attention_norm.bias",
+        "norm2.weight": "mlp_norm.weight",
+        "norm2.bias": "mlp_norm.bias",
+    }
+    state = {
+        f"layers.{i}.{n}": ours.state_dict()[f"layers.{i}.{names[n]}"] for i in range(2) for n in layer.state_dict()
+    }
+    theirs.load_state_dict(state | {"norm.weight": ours.norm.weight, "norm.bias": ours.norm.bias})
+    return theirs
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_equals_pytorchs_transformer_encoder(sparse):
+    encoder = Encoder(30, 40, **SMALL)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    mask = None
+    if sparse:
+        layout = oracle.random_layout(1, 3, 3, 16)
+        layout.mask[:, range(3), range(3)] = True
+        for layer in encoder.layers:
+            layer.attention.set_layout(layout)
+        mask = ~layout.element_mask(40, 40)[0]
+    tokens = torch.randint(0, 30, (2, 40))
+    theirs = pytorchs_encoder(encoder)(encoder.tokens(tokens) + encoder.positions, mask=mask)
+    torch.testing.assert_close(encoder(tokens), theirs)
+
+
+def test_the_papers_model_has_its_size_and_start():
+    model = SequenceClassifier(256, 1024, 10)
+    assert model.encoder.tokens.weight.shape == (256, 64)
+    assert model.encoder.positions.shape == (1024, 64)
+    for table in (model.encoder.tokens.weight, model.encoder.positions):
+        assert abs(table.std().item() - 0.02) < 1e-3
+    layer = 4 * 64 * 64 + 4 * 64 + 2 * 64 * 128 + 128 + 64 + 4 * 64
+    head = 64 * 128 + 128 + 128 * 10 + 10
+    assert sum(p.numel() for p in model.parameters()) == 256 * 64 + 1024 * 64 + 2 * layer + 2 * 64 + head
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_padding_changes_nothing_and_counts_in_the_mean(sparse):
+    model = SequenceClassifier(30, 40, 4, **SMALL).eval()
+    if sparse:
+        for layer in model.encoder.layers:
+            layer.attention.set_layout(oracle.random_layout(2, 3, 3, 16, density=0.8, empty_row=False))
+    tokens = torch.randint(1, 30, (2, 40))
+    mask = torch.arange(40) < torch.tensor([[40], [13]])
+    features = model.encoder(tokens, mask)
+    assert (features[1, 13:] == 0).all()
+    logits = model(tokens, mask)
+    torch.testing.assert_close(logits, model.head(features.sum(1) / 40))
+    other = torch.where(mask, tokens, torch.randint(1, 30, (2, 40)))
+    torch.testing.assert_close(model(other, mask), logits)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_compiles_into_one_graph_in_both_phases(sparse):
+    model = SequenceClassifier(30, 40, 4, **SMALL)
+    if sparse:
+        for layer in model.encoder.layers:
+            layer.attention.set_layout(oracle.random_layout(2, 3, 3, 16))
+    tokens, mask = torch.randint(0, 30, (2, 40)), torch.arange(40) < torch.tensor([[40], [13]])
+    expected = model(tokens, mask)
+    expected.sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, mask)
+    out.sum().backward()
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads)
+
+
+class TestDropout:
+    @pytest.mark.parametrize("shape", [(1000, 1003), (3,)])
+    @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+    def test_drops_the_stated_share_independently_and_scales_the_rest(self, p, shape):
+        x = torch.randn(shape).abs() + 1
+        out = Dropout(p)(x)
+        kept = out != 0
+        torch.testing.assert_close(out[kept], x[kept] / (1 - p))
+        if x.numel() > 1000:
+            spread = (p * (1 - p) / x.numel()) ** 0.5
+            assert abs(1 - kept.float().mean().item() - p) < 5 * spread
+            for lane in range(4):  # four elements share one draw: neighbours must not be alike
+                neighbours = kept.flatten()[:1000000].view(-1, 4).float().sub(1 - p)
+                correlation = (neighbours[:, lane] * neighbours[:, (lane + 1) % 4]).mean() / (p * (1 - p))
+                assert abs(correlation.item()) < 0.02
+
+    def test_gradient_passes_what_was_kept(self):
+        x = torch.ones(50, 7, requires_grad=True)
+        out = Dropout(0.3)(x)
+        out.sum().backward()
+        torch.testing.assert_close(x.grad, out.detach())
+
+    def test_does_nothing_in_evaluation(self):
+        x = torch.randn(5, 5)
+        assert Dropout(0.3).eval()(x) is x
+
+    def test_follows_the_seed(self):
+        x = torch.ones(100)
+        torch.manual_seed(4)
+        first = Dropout(0.5)(x)
+        torch.manual_seed(4)
+        assert torch.equal(first, Dropout(0.5)(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_heads": 3}, "width 16 cannot be split among 3 heads"),
+        ({"dropout": 1.5}, "dropout must be at least 0 and below 1, got 1.5"),
+        ({"attention": "sparse"}, "attention must be 'adaptive' or 'dense', got 'sparse'"),
+        ({"block_size": 64}, "block_size 64 exceeds seq_len 40"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceClassifier(30, 40, 4, **{**SMALL, **change})
+
+
+def test_layouts_survive_a_checkpoint(tmp_path):
+    model = SequenceClassifier(30, 40, 4, **SMALL).eval()
+    model.encoder.layers[1].attention.set_layout(BlockLayout(torch.eye(3, dtype=torch.bool), 16))
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    fresh = SequenceClassifier(30, 40, 4, **SMALL).eval()
+    fresh.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
+    tokens = torch.randint(0, 30, (2, 40))
+    assert torch.equal(fresh(tokens), model(tokens))

@@ -1,0 +1,170 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sat import ops
+from sat.attention import AdaptiveAttention
+from sat.layout import BlockLayout
+from tests.ops import oracle
+
+
+def qkv(length: int = 40, batch: int = 3, heads: int = 2, dim: int = 8) -> list[torch.Tensor]:
+    return [torch.randn(batch, length, heads, dim).transpose(1, 2).requires_grad_() for _ in range(3)]
+
+
+def keep(length: int = 40) -> torch.Tensor:
+    return torch.arange(length) < torch.tensor([[length], [length // 3], [0]])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_without_a_layout_it_is_pytorchs_dense_attention(is_causal, padded):
+    attention = AdaptiveAttention(2, 40, 16, is_causal=is_causal)
+    inputs = qkv()
+    mask = keep() if padded else None
+    out = attention(*inputs, key_padding_mask=mask)
+    everything = BlockLayout(torch.ones(3, 3, dtype=torch.bool), 16)
+    exact = oracle.attention(*inputs, everything, key_padding_mask=mask, is_causal=is_causal)
+    torch.testing.assert_close(out, exact)
+    upstream = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, upstream)
+    assert all(grad.isfinite().all() for grad in grads)
+    torch.testing.assert_close(grads, torch.autograd.grad(exact, inputs, upstream))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_with_a_layout_it_is_block_sparse(heads):
+    attention = AdaptiveAttention(2, 40, 16)
+    layout = oracle.random_layout(heads, 3, 3, 16)
+    attention.set_layout(layout)
+    assert attention.is_sparse
+    assert torch.equal(attention.layout.mask, layout.mask.expand(2, 3, 3))
+    query, key, value = qkv()
+    mask = keep()
+    out = attention(query, key, value, key_padding_mask=mask, query_padding_mask=mask)
+    exact = oracle.attention(query, key, value, layout, key_padding_mask=mask, query_padding_mask=mask)
+    torch.testing.assert_close(out, exact)
+    attention.set_layout(None)
+    assert attention.layout is None
+    torch.testing.assert_close(attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
+
+
+def test_shorter_sequences_use_the_first_rows_and_columns():
+    attention = AdaptiveAttention(2, 64, 16)
+    layout = oracle.random_layout(2, 4, 4, 16, empty_row=False)
+    attention.set_layout(layout)
+    inputs = qkv(37)
+    exact = oracle.attention(*inputs, BlockLayout(layout.mask[:, :3, :3], 16))
+    torch.testing.assert_close(attention(*inputs), exact)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_checkpoint_of_either_phase_loads_into_a_fresh_module(tmp_path, sparse):
+    saved = AdaptiveAttention(2, 40, 16)
+    if sparse:
+        saved.set_layout(oracle.random_layout(2, 3, 3, 16))
+    torch.save(saved.state_dict(), tmp_path / "a.pt")
+    for was_sparse in (False, True):
+        fresh = AdaptiveAttention(2, 40, 16)
+        if was_sparse:
+            fresh.set_layout(BlockLayout(torch.eye(3, dtype=torch.bool), 16))
+        fresh.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+        assert fresh.is_sparse == sparse
+        inputs = qkv()
+        assert torch.equal(fresh(*inputs), saved(*inputs))
+
+
+def test_no_parameters():
+    assert not list(AdaptiveAttention(2, 40, 16).parameters())
+
+
+def test_statistics_are_taken_when_asked_for_of_the_first_samples():
+    attention = AdaptiveAttention(2, 40, 16)
+    query, key, value = qkv()
+    attention(query, key, value)
+    assert attention.statistics is None
+    attention.observe_samples = 2
+    mask = keep()
+    attention(query, key, value, key_padding_mask=mask, query_padding_mask=mask)
+    expected = ops.attention_statistics(
+        query[:2], key[:2], 16, key_padding_mask=mask[:2], query_padding_mask=mask[:2], score_matrix=True,
+        backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(tuple(attention.statistics), tuple(expected))
+    assert not attention.statistics.pooled.requires_grad
+
+
+def test_statistics_of_short_batches_share_one_grid():
+    attention = AdaptiveAttention(2, 64, 16)
+    attention.observe_samples = 3
+    attention(*qkv(20))
+    assert attention.statistics.pooled.shape == (2, 4, 4)
+    assert attention.statistics.score_matrix.shape == (64, 64)
+    assert attention.statistics.score_matrix.sum().item() == pytest.approx(20)
+
+
+@pytest.mark.parametrize("observe", [0, 2])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_compiles_into_one_graph_in_both_phases(sparse, observe):
+    attention = AdaptiveAttention(2, 40, 16, dropout=0.1)
+    if sparse:
+        attention.set_layout(oracle.random_layout(2, 3, 3, 16))
+    attention.eval()
+    attention.observe_samples = observe
+    inputs, mask = qkv(), keep()
+    expected = attention(*inputs, key_padding_mask=mask)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    attention.statistics = None
+    torch.testing.assert_close(compiled(*inputs, key_padding_mask=mask), expected)
+    assert (attention.statistics is not None) == bool(observe)
+    attention.train()
+    compiled(*inputs, key_padding_mask=mask).sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
+def test_dropout_acts_in_training_only():
+    attention = AdaptiveAttention(2, 40, 16, dropout=0.5)
+    inputs = qkv()
+    for layout in (None, oracle.random_layout(2, 3, 3, 16)):
+        attention.set_layout(layout)
+        assert not torch.equal(attention.train()(*inputs), attention(*inputs))
+        assert torch.equal(attention.eval()(*inputs), attention(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 0, "seq_len": 8}, "num_heads must be at least 1, got 0"),
+        ({"num_heads": 1, "seq_len": 8, "block_size": 16}, "block_size 16 exceeds seq_len 8"),
+        ({"num_heads": 1, "seq_len": 32, "dropout": 1.0}, "dropout must be at least 0 and below 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveAttention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (BlockLayout(torch.ones(3, 3, dtype=torch.bool), 8), "blocks of 8, this attention of 16"),
+        (BlockLayout(torch.ones(2, 3, dtype=torch.bool), 16), "got 1 and 2 x 3"),
+        (BlockLayout(torch.ones(3, 3, 3, dtype=torch.bool), 16), r"2 heads \(or 1\) and 3 x 3 blocks, got 3"),
+    ],
+)
+def test_layouts_that_do_not_fit(layout, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveAttention(2, 40, 16).set_layout(layout)
+
+
+def test_tensors_that_do_not_fit():
+    attention = AdaptiveAttention(2, 40, 16)
+    with pytest.raises(ValueError, match="made for 2 heads and up to 40 tokens, got 3 heads, 41 queries"):
+        attention(*(torch.randn(1, 3, 41, 8) for _ in range(3)))
+
+
+def test_says_its_phase():
+    attention = AdaptiveAttention(2, 40, 16)
+    assert "dense" in repr(attention)
+    attention.set_layout(BlockLayout(torch.eye(3, dtype=torch.bool), 16))
+    assert "sparse, density 0.333" in repr(attention)

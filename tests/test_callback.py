@@ -1,0 +1,209 @@
+"""AdaptiveSparsity in a LightningModule that is not ours."""
+
+import logging
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sat.attention import AdaptiveAttention
+from sat.callback import AdaptiveSparsity
+
+LENGTH, WIDTH, HEADS = 32, 16, 2
+
+
+class SomebodysModel(pl.LightningModule):
+    """A regression with two attention layers, manual projections, and a scheduler of its own."""
+
+    def __init__(self, scheduler: str = "constant") -> None:
+        super().__init__()
+        self.scheduler = scheduler
+        self.projections = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+        self.first = AdaptiveAttention(HEADS, LENGTH, 8)
+        self.second = AdaptiveAttention(HEADS, LENGTH, 8)
+        self.rates: list[float] = []
+
+    def forward(self, x):
+        for projection, attention in zip(self.projections, (self.first, self.second), strict=True):
+            query, key, value = projection(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            x = x + attention(query, key, value).transpose(1, 2).flatten(2)
+        return x
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self(x), y)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        optimizer.register_step_post_hook(lambda o, *_: self.rates.append(o.param_groups[0]["lr"]))
+        schedulers = {
+            "constant": torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+            "exponential": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+            "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
+        }
+        return [optimizer], [{"scheduler": schedulers[self.scheduler], "interval": "step"}]
+
+
+def data() -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, LENGTH, WIDTH, generator=generator)
+    return DataLoader(TensorDataset(x, x.roll(1, 1)), batch_size=4)
+
+
+def fit(tmp_path, sparsity, module=None, **options):
+    module = module or SomebodysModel()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    options = {"max_steps": 20, **quiet, **options}
+    trainer = pl.Trainer(default_root_dir=tmp_path, enable_model_summary=False, callbacks=[sparsity], **options)
+    trainer.fit(module, data())
+    return module
+
+
+def always(**options) -> AdaptiveSparsity:
+    """Thresholds that anything meets, as soon as the change is defined: at the third observation."""
+    return AdaptiveSparsity(**{"density": 0.3, "theta": -1e9, "delta": 1e9, "interval": 2, **options})
+
+
+def test_switches_by_its_criterion_and_puts_the_layouts_in_place(tmp_path):
+    sparsity = always()
+    module = fit(tmp_path, sparsity)
+    assert [t.step for t in sparsity.transitions] == [6, 6]
+    assert not any(t.forced for t in sparsity.transitions)
+    for name, attention in (("first", module.first), ("second", module.second)):
+        assert attention.is_sparse
+        assert sparsity.layouts[name] == attention.layout
+        assert attention.layout.mask.sum().item() == HEADS * int(4 * 4 * 0.3)
+    assert [record["step"] for record in sparsity.history] == [2, 4, 6]
+
+
+def test_without_a_transition_training_is_untouched(tmp_path):
+    torch.manual_seed(1)
+    plain = SomebodysModel()
+    watched = SomebodysModel()
+    watched.load_state_dict(plain.state_dict())
+    fit(tmp_path, pl.Callback(), plain)
+    fit(tmp_path, AdaptiveSparsity(density=0.3, theta=1e9, interval=1), watched)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+
+
+def test_forced_transition_says_what_was_missing(tmp_path, caplog):
+    sparsity = AdaptiveSparsity(density=0.3, theta=1e9, delta=1.0, interval=3, max_dense_steps=7)
+    with caplog.at_level(logging.WARNING):
+        fit(tmp_path, sparsity)
+    assert [(t.step, t.forced) for t in sparsity.transitions] == [(9, True), (9, True)]
+    assert all("skewness" in t.missing for t in sparsity.transitions)
+    assert "layer 0 was made sparse at step 9 by max_dense_steps; missing: skewness" in caplog.text
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "exponential", "cosine"])
+def test_learning_rate_factor_leaves_the_scheduler_alone(tmp_path, scheduler):
+    plain = fit(tmp_path, pl.Callback(), SomebodysModel(scheduler)).rates
+    scaled = fit(tmp_path, always(lr_factor=0.25), SomebodysModel(scheduler)).rates
+    assert scaled[:6] == plain[:6]
+    assert scaled[6:] == pytest.approx([0.25 * rate for rate in plain[6:]])
+
+
+def test_learning_rate_is_restored_and_hooks_are_removed(tmp_path):
+    sparsity = always(lr_factor=0.5)
+    module = fit(tmp_path, sparsity)
+    assert not sparsity._hooks
+    assert module.rates[-1] == pytest.approx(0.05)
+
+
+def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
+    sparsity = always()
+    fit(tmp_path, sparsity, accumulate_grad_batches=3, max_steps=8)
+    assert [record["step"] for record in sparsity.history] == [2, 4, 6]
+    assert [t.step for t in sparsity.transitions] == [6, 6]
+
+
+def test_per_layer_and_per_head(tmp_path):
+    sparsity = always(per_layer=True, per_head=True, coverage=0.5, density=None)
+    module = fit(tmp_path, sparsity)
+    assert sparsity.all_sparse
+    assert all(t.captured_mass >= 0.5 for t in sparsity.transitions)
+    assert all(t.layout.num_heads == HEADS for t in sparsity.transitions)
+    assert module.first.layout.mask.diagonal(dim1=1, dim2=2).all()
+
+
+@pytest.mark.parametrize("stop", [3, 6, 11])
+def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop):
+    torch.manual_seed(2)
+    start = SomebodysModel().state_dict()
+
+    def module():
+        made = SomebodysModel("exponential")
+        made.load_state_dict(start)
+        return made
+
+    whole, whole_sparsity = module(), always()
+    fit(tmp_path, whole_sparsity, whole, max_steps=16)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+
+    def trainer(sparsity, steps):
+        return pl.Trainer(
+            default_root_dir=tmp_path, enable_model_summary=False, callbacks=[sparsity], max_steps=steps, **quiet
+        )
+
+    # A loader without a position of its own is good for one epoch: 16 batches, of which the first ``stop`` are used up.
+    first = trainer(always(), stop)
+    first.fit(module(), data())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+
+    class Rest:
+        def __len__(self):
+            return 16
+
+        def __iter__(self):
+            return iter(list(data())[stop:])
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    resumed, resumed_sparsity = module(), always()
+    trainer(resumed_sparsity, 16).fit(resumed, Rest(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert [t.step for t in resumed_sparsity.transitions] == [t.step for t in whole_sparsity.transitions] == [6, 6]
+    assert resumed_sparsity.layouts == whole_sparsity.layouts
+    assert str(resumed_sparsity.history) == str(whole_sparsity.history)  # as text, since nan differs from itself
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0.1, "interval": 0}, "interval must be at least 1 step, got 0"),
+        ({"density": 0.1, "samples": 0}, "samples must be at least 1, got 0"),
+        ({"density": 0.1, "lr_factor": 0.0}, "lr_factor must be above 0 and at most 1, got 0.0"),
+        ({"density": 1.5}, "density"),
+        ({"coverage": -0.1}, "coverage"),
+        ({}, "density"),
+        ({"density": 0.1, "smoothing": 1.0}, "smoothing"),
+        ({"density": 0.1, "mask": "random"}, "mask"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveSparsity(**options)
+
+
+def test_a_model_without_adaptive_attention_is_refused(tmp_path):
+    class Plain(SomebodysModel):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Identity()
+
+    with pytest.raises(ValueError, match=r"found no sat\.attention\.AdaptiveAttention in Plain"):
+        fit(tmp_path, always(), Plain())
+
+
+def test_layers_of_two_kinds_are_refused(tmp_path):
+    module = SomebodysModel()
+    module.second = AdaptiveAttention(HEADS, LENGTH, 16)
+    with pytest.raises(ValueError, match="differ between first and second"):
+        fit(tmp_path, always(), module)
