@@ -45,7 +45,7 @@ class Monitor(Callback):
         super().__init__()
         self.sparsity, self.console, self.switch_batches = sparsity, console, switch_batches
         self.step_times: dict[str, list[float]] = {}
-        self.accuracy_at_switch: dict[str, float] = {}
+        self.validation_accuracy: dict[str, float] = {}
         self.peak_memory: dict[str, float] = {}
         self._last: float | None = None
         self._seen = 0
@@ -66,6 +66,11 @@ class Monitor(Callback):
         """Validation is not part of a step."""
         self._last = None
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the latest accuracy: a resumed run may end without another validation."""
+        if "val/acc" in trainer.callback_metrics and not trainer.sanity_checking:
+            self.validation_accuracy["final"] = float(trainer.callback_metrics["val/acc"])
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -84,7 +89,7 @@ class Monitor(Callback):
             self.note_peak_memory("dense", pl_module)
             self._measure_switch(trainer, pl_module, [t.layer for t in new])
             self.console.print(transition_table(new))
-            before, after = self.accuracy_at_switch["before"], self.accuracy_at_switch["after"]
+            before, after = self.validation_accuracy["before"], self.validation_accuracy["after"]
             self.console.print(f"accuracy on validation data: {before:.3f} before the switch, {after:.3f} right after")
             self._last = None
 
@@ -107,13 +112,13 @@ class Monitor(Callback):
         assert self.sparsity is not None
         switched = [list(self.sparsity.attentions.values())[layer] for layer in layers]
         layouts = [attention.layout for attention in switched]
-        if "before" not in self.accuracy_at_switch:  # with layers switching one by one: before the first
+        if "before" not in self.validation_accuracy:  # with layers switching one by one: before the first
             for attention in switched:
                 attention.set_layout(None)
-            self.accuracy_at_switch["before"] = self._accuracy(trainer, pl_module)
+            self.validation_accuracy["before"] = self._accuracy(trainer, pl_module)
             for attention, layout in zip(switched, layouts, strict=True):
                 attention.set_layout(layout)
-        self.accuracy_at_switch["after"] = self._accuracy(trainer, pl_module)
+        self.validation_accuracy["after"] = self._accuracy(trainer, pl_module)
 
     @torch.no_grad()
     def _accuracy(self, trainer: Trainer, pl_module: LightningModule) -> float:
@@ -132,12 +137,12 @@ class Monitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
-        return {"step_times": self.step_times, "accuracy_at_switch": self.accuracy_at_switch}
+        return {"step_times": self.step_times, "validation_accuracy": self.validation_accuracy}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
         self.step_times = {phase: list(times) for phase, times in state_dict["step_times"].items()}
-        self.accuracy_at_switch = dict(state_dict["accuracy_at_switch"])
+        self.validation_accuracy = dict(state_dict["validation_accuracy"])
 
 
 def transition_table(transitions: list[Any]) -> Table:
@@ -195,21 +200,27 @@ class RunInterrupted(Exception):
     """Ctrl-C was pressed; the run has been saved at the end of its step."""
 
 
-class SaveOnInterrupt(Callback):
-    """Ctrl-C: finish the step, save, stop. A second Ctrl-C stops at once.
+class SaveLast(Callback):
+    """Keeps ``last.ckpt`` up to date, and makes Ctrl-C finish the step, save and stop; a second one stops at once.
+
+    It saves between steps, after any validation: then a resumed run neither repeats nor misses one, which Lightning's
+    own checkpoints at the end of a batch do (it takes their validation for done).
 
     Args:
         path: the checkpoint to write.
+        every_n_steps: optimizer steps between saves.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, every_n_steps: int = 100) -> None:
         super().__init__()
-        self.path = path
-        self.pressed = False
+        self.path, self.every_n_steps = path, every_n_steps
+        self.interrupted = False
+        self._saved_at = 0
         self._previous: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
+        """Listen for Ctrl-C."""
+        self._saved_at = trainer.global_step
         self._previous = signal.signal(signal.SIGINT, self._note)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -219,17 +230,26 @@ class SaveOnInterrupt(Callback):
             self._previous = None
 
     def _note(self, *_: Any) -> None:
-        if self.pressed:
+        if self.interrupted:
             raise KeyboardInterrupt
-        self.pressed = True
+        self.interrupted = True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save and leave, if asked to. Must be the last callback but the checkpoints."""
-        if self.pressed:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save, if it is time or Ctrl-C was pressed. Must be the first callback: nothing of this step has happened."""
+        step = trainer.global_step
+        between_steps = batch_idx % trainer.accumulate_grad_batches == 0
+        due = step >= self._saved_at + self.every_n_steps or (self.interrupted and step > self._saved_at)
+        if due and between_steps:
+            # This batch has been counted as fetched already, but a resumed run has yet to fetch it.
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            progress.total.ready -= 1
+            progress.current.ready -= 1
             trainer.save_checkpoint(self.path)
-            raise RunInterrupted(f"interrupted at step {trainer.global_step}")
+            progress.total.ready += 1
+            progress.current.ready += 1
+            self._saved_at = step
+        if self.interrupted and between_steps:
+            raise RunInterrupted(f"interrupted at step {step}")
 
 
 class RichProgress(RichProgressBar):

@@ -45,7 +45,7 @@ def plot_layouts(
     there is one row a layer and one column a head.
 
     Args:
-        layouts: one layout a layer, in order; a mapping names the layers, a sequence calls them "layer 1" and so on.
+        layouts: one layout a layer, in order; a mapping names the layers, a sequence calls them "layer 0" and so on.
         path: PNG file to write; an existing one is replaced whole or not at all. None writes nothing.
         captured: per layer, the share of the attention mass that lies in the kept blocks, 0 to 1; NaN where unknown.
         title: heading of the figure.
@@ -56,7 +56,7 @@ def plot_layouts(
     if isinstance(layouts, Mapping):
         names, panels = list(layouts), list(layouts.values())
     else:
-        names, panels = [f"layer {i}" for i in range(1, len(layouts) + 1)], list(layouts)
+        names, panels = [f"layer {i}" for i in range(len(layouts))], list(layouts)
     if not panels:
         raise ValueError("plot_layouts got no layout to draw; a model has layouts once it has left the dense phase")
     if captured is not None and len(captured) != len(panels):
@@ -99,7 +99,7 @@ def plot_statistics(
         theta: threshold of the skewness.
         delta: threshold of the relative change, in percent.
         switch_steps: per layer, the step at which it left the dense phase; None where it has not.
-        names: per layer, its name in the legend; "layer 1" and so on if left out.
+        names: per layer, its name in the legend; "layer 0" and so on if left out.
         title: heading of the figure.
 
     Raises:
@@ -109,7 +109,7 @@ def plot_statistics(
     if not len(steps) or not layers:
         raise ValueError(f"plot_statistics needs at least one step and one layer, got {len(steps)} and {layers}")
     switches = [None] * layers if switch_steps is None else list(switch_steps)
-    labels = [f"layer {i}" for i in range(1, layers + 1)] if names is None else list(names)
+    labels = [f"layer {i}" for i in range(layers)] if names is None else list(names)
     for what, given in (("relative_change", relative_change), ("switch_steps", switches), ("names", labels)):
         if len(given) != layers:
             raise ValueError(f"{what} has {len(given)} entries, but skewness has {layers}: one a layer")
@@ -222,7 +222,7 @@ def _draw_heads(names: list[str], layouts: list[BlockLayout], held: list[float],
             _blocks(axes, layout, head, ticks=2)
             axes.tick_params(labelbottom=row == rows - 1, labelleft=head == 0)
             density = _density(float(layout.mask[head].float().mean()))
-            who = "all heads" if layout.num_heads == 1 else f"head {head + 1}" if row == 0 else ""
+            who = "all heads" if layout.num_heads == 1 else f"head {head}" if row == 0 else ""
             axes.set_title(f"{who} · {density}" if who else density, fontsize=7, color=INK, pad=2.5)
         share = "" if math.isnan(held[row]) else f"\nholds {_percent(held[row])}\nof attention"
         box = grid[row][0].get_position()

@@ -223,12 +223,7 @@ def summarize(
         else f"{_processor()}, {torch.get_num_threads()} threads",
         "versions": {package: metadata.version(package) for package in ("torch", "lightning")}
         | {"python": platform.python_version()},
-        "validation_accuracy": {key: round(value, 4) for key, value in monitor.accuracy_at_switch.items()}
-        | (
-            {"final": round(float(trainer.callback_metrics["val/acc"]), 4)}
-            if "val/acc" in trainer.callback_metrics
-            else {}
-        ),
+        "validation_accuracy": {key: round(value, 4) for key, value in monitor.validation_accuracy.items()},
         "median_step_ms": {key: round(value, 2) for key, value in (("dense", dense), ("sparse", sparse)) if value},
         "peak_memory_mib": {key: round(value) for key, value in monitor.peak_memory.items()},
     }

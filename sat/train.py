@@ -22,7 +22,7 @@ from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, SequenceDataModule
 from sat.models import SequenceClassifier
 from sat.module import ClassificationModule
-from sat.monitor import ExactResume, Monitor, PlainProgress, RichProgress, RunInterrupted, SaveOnInterrupt
+from sat.monitor import ExactResume, Monitor, PlainProgress, RichProgress, RunInterrupted, SaveLast
 
 DESCRIPTION = """Train a Transformer densely until its attention has settled, then sparsely.
 
@@ -158,16 +158,14 @@ class Run:
     def _callbacks(self) -> list[Callback]:
         """In the order in which they act at the end of a step."""
         progress = RichProgress(self.monitor) if self.console.is_terminal else PlainProgress(self.monitor, self.console)
-        keep_last = ModelCheckpoint(
-            self.last.parent, filename="last", every_n_train_steps=100, enable_version_counter=False
-        )
         sparsity = [self.sparsity] if self.sparsity else []
-        return [*sparsity, self.monitor, progress, ExactResume(), SaveOnInterrupt(self.last), self.best, keep_last]
+        return [SaveLast(self.last), *sparsity, self.monitor, progress, ExactResume(), self.best]
 
     def prepare(self) -> None:
         """Read the data, before anything else can fail."""
         self.data.prepare_data()
         self.data.setup("fit")
+        self.data.train_dataloader()  # refuses a batch that is larger than the training set
         parameters = sum(p.numel() for p in self.module.parameters())
         self.console.print(
             f"{self.name}: {self.data.seq_len} tokens, {self.data.num_classes} classes, {parameters:,} parameters; "

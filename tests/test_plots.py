@@ -84,8 +84,8 @@ def test_statistics_draws_every_layer_and_both_thresholds(layers: int) -> None:
     ("switches", "expected"),
     [
         ([50, 50], "all layers switch at step 50"),
-        ([None, 70], "layer 1, still dense\nlayer 2, switches at 70"),
-        ([None, None], "layer 1\nlayer 2"),
+        ([None, 70], "layer 0, still dense\nlayer 1, switches at 70"),
+        ([None, None], "layer 0\nlayer 1"),
     ],
 )
 def test_the_switch_is_a_line_and_is_named(switches: list[int | None], expected: str) -> None:

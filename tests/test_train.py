@@ -1,0 +1,318 @@
+"""The command as its user types it: whole runs on few small digits, interruption, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sat import runs, train
+from sat.layout import BlockLayout
+from sat.monitor import SaveLast
+
+TINY = """
+data: {name: digits, image_size: 8, batch_size: 16, train_samples: 128, eval_samples: 40}
+model: {num_layers: 2, width: 16, num_heads: 2, mlp_dim: 16, dropout: 0.1, block_size: 8}
+optimizer: {lr: 3.0e-3, warmup_steps: 3}
+sparsity: {density: 0.3, theta: -100.0, delta: 1000000.0, interval: 3, samples: 4}
+trainer: {max_steps: 20, accelerator: cpu, val_check_interval: 7, check_val_every_n_epoch: null, log_every_n_steps: 5}
+"""
+SWITCH = 9  # the criterion is always met, as soon as it is defined: at the third observation
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def run(*arguments: object) -> dict:
+    return train.main([str(a) for a in arguments])
+
+
+def run_folder(name: str = "tiny") -> Path:
+    (folder,) = Path("runs", name).iterdir()
+    return folder
+
+
+def refused(capsys, *arguments: object, status: int = 2) -> str:
+    """The one sentence with which the command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == status
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("sat.train: ")
+    assert "\n" not in error
+    return error
+
+
+def test_a_whole_run_leaves_everything_in_its_folder(tiny, capsys):
+    summary = run("--config", tiny)
+    folder = run_folder()
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["steps"] == 20
+    assert [t["step"] for t in summary["transitions"]] == [SWITCH, SWITCH]
+    assert not any(t["forced"] for t in summary["transitions"])
+    assert set(summary["validation_accuracy"]) == {"before", "after", "final"}
+    assert set(summary["test_accuracy"]) == {"final", "best"}
+    assert set(summary["median_step_ms"]) == {"dense", "sparse"}
+    assert summary["peak_memory_mib"]["process"] > 100
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    for layer in range(2):
+        layout = BlockLayout.load(folder / "layouts" / f"layer{layer}.safetensors")
+        assert layout.nnz == int(8 * 8 * 0.3)
+        mask = checkpoint["state_dict"][f"model.encoder.layers.{layer}.attention.layout_mask"]
+        assert torch.equal(mask, layout.mask.expand(2, 8, 8))
+    for name in ("layouts.png", "statistics.png", "checkpoints/best.ckpt", "csv/version_0/metrics.csv"):
+        assert (folder / name).stat().st_size > 0
+    assert list((folder / "tensorboard").glob("events.*"))
+    header = (folder / "csv/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"layer0/skewness", "layer1/distance", "layer1/relative_change", "train/loss", "val/acc"} <= set(header)
+    printed = capsys.readouterr().out
+    for text in ("Switch to sparse attention at step 9, by its criterion", "before the switch", str(folder)):
+        assert text in printed
+
+
+def test_the_saved_config_repeats_the_run(tiny):
+    run("--config", tiny, "--sparsity.density", 0.5, "--trainer.max_steps", 6, "--seed", 3)
+    saved = run_folder() / "config.yaml"
+    content = yaml.safe_load(saved.read_text())
+    assert content["sparsity"]["density"] == 0.5
+    assert content["trainer"]["max_steps"] == 6
+    run("--config", saved, "--name", "again")
+    first, second = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (run_folder(), run_folder("again"))
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dense_beside_adaptive(tiny):
+    summary = run("--config", tiny, "--model.attention", "dense")
+    assert set(summary["median_step_ms"]) == {"dense"}
+    assert not (run_folder() / "layouts").exists()
+
+
+def test_a_run_that_never_switches_says_what_was_missing(tiny, capsys):
+    summary = run("--config", tiny, "--sparsity.theta", 1e6, "--trainer.max_steps", 8)
+    assert set(summary["not_switched"]) == {"0", "1"}
+    assert "layer 1 stayed dense: skewness" in capsys.readouterr().out
+
+
+def test_a_forced_switch_says_so(tiny, capsys):
+    summary = run("--config", tiny, "--sparsity.theta", 1e6, "--sparsity.max_dense_steps", 5, "--trainer.max_steps", 8)
+    assert all(t["forced"] and "skewness" in t["missing"] for t in summary["transitions"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "at step 6, forced by max_dense_steps" in printed
+    assert "missing: layer 0: skewness" in printed
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """As if Ctrl-C had been pressed during the step that ends as the ``step``-th."""
+    original = SaveLast.on_train_batch_start
+
+    def pressed(self, trainer, *args):
+        self.interrupted = self.interrupted or trainer.global_step == step
+        original(self, trainer, *args)
+
+    monkeypatch.setattr(SaveLast, "on_train_batch_start", pressed)
+
+
+# Epochs have 8 steps, validation comes every 7.
+@pytest.mark.parametrize("step", [2, 7, 8, SWITCH - 1, SWITCH, SWITCH + 1, 14, 16, 19])
+def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tiny, monkeypatch, capsys, step):
+    run("--config", tiny, "--name", "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        message = refused(capsys, "--config", tiny, status=130)
+        assert f"interrupted at step {step}" in message
+        assert "--ckpt_path last" in message
+    summary = run("--config", tiny, "--ckpt_path", "last")
+    folders = run_folder("whole"), run_folder("tiny")
+    assert summary["steps"] == 20
+    whole, resumed = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in folders)
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name]), name
+    states = [c["optimizer_states"][0]["state"] for c in (whole, resumed)]
+    assert all(torch.equal(states[0][i]["exp_avg_sq"], states[1][i]["exp_avg_sq"]) for i in states[0])
+    layouts = [[BlockLayout.load(p) for p in sorted((f / "layouts").iterdir())] for f in folders]
+    assert layouts[0] == layouts[1]
+    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+    for key in ("transitions", "test_accuracy", "validation_accuracy", "best_checkpoint"):
+        assert summaries[0][key] == summaries[1][key], key
+
+
+def test_resuming_keeps_the_metrics_of_the_first_part(tiny, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        refused(capsys, "--config", tiny, status=130)
+    first = (run_folder() / "csv/version_0/metrics.csv").read_text()
+    run("--config", tiny, "--ckpt_path", "last")
+    assert (run_folder() / "csv/version_0/metrics.csv").read_text() == first
+    assert (run_folder() / "csv/version_1/metrics.csv").is_file()
+
+
+def test_ctrl_c_saves_and_leaves(tiny):
+    command = [sys.executable, "-m", "sat.train", "--config", str(tiny), "--trainer.max_steps", "100000"]
+    root = Path(train.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tiny.parent
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted at step" in errors
+    steps = torch.load(run_folder() / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert steps > 0
+
+
+def test_a_nan_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tiny, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        refused(capsys, "--config", tiny, status=130)
+    last = run_folder() / "checkpoints" / "last.ckpt"
+    good = last.read_bytes()
+    original = SaveLast.on_train_batch_start
+
+    def poison(self, trainer, pl_module, *args):
+        if trainer.global_step == 6:
+            pl_module.model.head[0].weight.data[0, 0] = torch.nan
+        original(self, trainer, pl_module, *args)
+
+    monkeypatch.setattr(SaveLast, "on_train_batch_start", poison)
+    message = refused(capsys, "--config", tiny, "--ckpt_path", "last", status=1)
+    assert "the training loss is nan at step 6" in message
+    assert str(last) in message
+    assert last.read_bytes() == good
+
+
+class TestConfigs:
+    @pytest.mark.parametrize("path", sorted(runs.shipped_configs().glob("*.yaml")), ids=lambda p: p.stem)
+    def test_every_shipped_config_is_valid_and_opens_with_its_command(self, path):
+        arguments, _ = train.parse(["--config", path.name])
+        assert arguments.name == path.stem
+        assert f"python -m sat.train --config {path.name}" in path.read_text()
+        assert arguments.model.attention == "adaptive"
+        options = arguments.data.as_dict()
+        data_set = train.DATASETS[options.pop("name")]
+        if path.stem == "inaturalist":  # it has no home on the hub: the user names a folder
+            options["path"] = str(path.parent)
+        data = data_set(**options)
+        train.SequenceClassifier(data.vocab_size, data.seq_len, data.num_classes, **arguments.model.as_dict())
+        train.AdaptiveSparsity(**arguments.sparsity.as_dict())
+
+    def test_the_papers_settings(self):
+        # Yoon et al. 2024, hyperparameters: layers, block, density, batch, lr, warm-up, steps, theta
+        table = {
+            "cifar10": (2, 32, 0.05, 256, 2e-3, 175, 10_000, 1.7),
+            "inaturalist": (2, 32, 0.04, 512, 3e-3, 800, 10_000, 1.7),
+            "ag_news": (4, 32, 0.08, 512, 9e-4, 80, 30_000, 1.7),
+            "yelp": (4, 32, 0.05, 512, 7e-4, 80, 30_000, 1.3),
+        }
+        for name, expected in table.items():
+            args, _ = train.parse(["--config", name])
+            found = (
+                args.model.num_layers,
+                args.model.block_size,
+                args.sparsity.density,
+                args.data.batch_size,
+                args.optimizer.lr,
+                args.optimizer.warmup_steps,
+                args.trainer.max_steps,
+                args.sparsity.theta,
+            )
+            assert found == expected
+            assert (args.model.width, args.model.num_heads, args.model.mlp_dim, args.model.dropout) == (64, 2, 128, 0.1)
+            assert (args.sparsity.delta, args.sparsity.lr_factor, args.optimizer.eps) == (1.3, 0.5, 1e-6)
+            assert (args.trainer.gradient_clip_val, args.trainer.gradient_clip_algorithm) == (1.0, "value")
+
+    def test_overrides_come_after_the_config(self):
+        args, _ = train.parse(["--config=cifar10.yaml", "--sparsity.density", "0.1", "--data.path", "DIR"])
+        assert (args.sparsity.density, args.data.path, args.data.batch_size) == (0.1, "DIR", 256)
+
+    def test_help_explains_every_section(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--help"])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        for option in ("--sparsity.density", "--data.path", "--model.attention", "--trainer.max_steps", "--ckpt_path"):
+            assert option in printed
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (["--config", "cifar11.yaml"], "no config 'cifar11.yaml'; give the path of a YAML file, or one of ag_news"),
+            (["--config"], "--config needs a value"),
+            (["--trainer.max_steps", 5], "no data set chosen"),
+            (["--data.name", "mnist"], "unknown data set 'mnist' in data.name; there are digits, cifar10"),
+            (["--config", "tiny.yaml", "--sparsity.densty", 0.1], "densty"),
+            (["--config", "tiny.yaml", "--trainer.max_steps", "many"], "max_steps"),
+            (["--config", "tiny.yaml", "--model.attention", "sparse"], "attention"),
+            (["--config", "tiny.yaml", "--sparsity.density", 1.5], "density"),
+            (["--config", "tiny.yaml", "--sparsity.coverage", 0.5], "coverage"),
+            (["--config", "tiny.yaml", "--sparsity.smoothing", 2], "smoothing"),
+            (["--config", "tiny.yaml", "--model.block_size", 100], "block_size 100 exceeds seq_len 64"),
+            (["--config", "tiny.yaml", "--model.num_heads", 3], "width 16 cannot be split among 3 heads"),
+            (["--config", "tiny.yaml", "--data.batch_size", 0], "batch_size"),
+            (["--config", "tiny.yaml", "--data.batch_size", 500], "fewer than one batch of 500"),
+            (["--config", "tiny.yaml", "--output_dir", "tiny.yaml"], "choose another --output_dir"),
+            (["--config", "tiny.yaml", "--ckpt_path", "last"], "no run in runs/tiny has a checkpoint yet"),
+            (["--config", "tiny.yaml", "--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt"),
+            (["--config", "tiny.yaml", "--ckpt_path", "tiny.yaml"], "tiny.yaml is not a whole checkpoint"),
+            (["--config", "cifar10.yaml", "--data.path", "nowhere"], "nowhere"),
+            (["--config", "cifar10.yaml", "--data.cache_dir", "cache"], "--data.path"),
+        ],
+    )
+    def test_is_refused_with_a_sentence_before_any_work(self, tiny, capsys, arguments, expected):
+        assert expected in refused(capsys, *arguments)
+        assert not list(Path().glob("runs/*/*/checkpoints/*"))
+
+    @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "data: 3\n"])
+    def test_a_file_that_is_no_config(self, tiny, capsys, text):
+        tiny.write_text(text)
+        assert "tiny.yaml is not a" in refused(capsys, "--config", tiny)
+
+    def test_an_unknown_key_in_a_file(self, tiny, capsys):
+        tiny.write_text(TINY + "\nextra: {a: 1}\n")
+        assert "extra" in refused(capsys, "--config", tiny)
+
+    def test_checkpoints_that_do_not_fit(self, tiny, monkeypatch, capsys):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 2)
+            refused(capsys, "--config", tiny, status=130)
+        last = run_folder() / "checkpoints" / "last.ckpt"
+        other = refused(capsys, "--config", tiny, "--ckpt_path", last, "--model.width", 32)
+        assert "is a checkpoint of another model: model." in other
+        assert "16] there and " in other
+        deeper = refused(capsys, "--config", tiny, "--ckpt_path", last, "--model.num_layers", 3)
+        assert "is a checkpoint of another model: model.encoder.layers.2" in deeper
+        whole = last.read_bytes()
+        last.write_bytes(whole[: len(whole) // 2])
+        assert "is not a whole checkpoint" in refused(capsys, "--config", tiny, "--ckpt_path", last)
+        torch.save({"weights": torch.ones(3)}, last)
+        assert "holds no training checkpoint" in refused(capsys, "--config", tiny, "--ckpt_path", last)
+
+    def test_a_checkpoint_that_would_run_code_is_refused(self, tiny, capsys, tmp_path):
+        class Harm:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "harm"),)
+
+        torch.save({"state_dict": {}, "loops": Harm(), "callbacks": {}}, tmp_path / "bad.ckpt")
+        assert "is not a whole checkpoint" in refused(capsys, "--config", tiny, "--ckpt_path", tmp_path / "bad.ckpt")
+        assert not (tmp_path / "harm").exists()
