@@ -23,6 +23,8 @@ from torch import Tensor
 # Scores computed at a time. On a CPU the chunk's operands should stay in the second and third level caches.
 CHUNK_SCORES_CPU = 2**18
 CHUNK_SCORES_OTHER = 2**25
+# Elements of the largest buffer that is kept for the next call.
+KEPT_BUFFER = 2**22
 
 
 class Chunk(NamedTuple):
@@ -61,6 +63,8 @@ class Problem:
         self.key_allowed = self._key_allowed(key_padding_mask)
         self.bias = None if attn_bias is None else self.split_bias(attn_bias.to(self.dtype))
         self.workspace = Workspace(self.dtype, self.device)
+        self.rows, self.columns = self._kept_blocks()
+        self.counts = torch.bincount(self.rows, minlength=self.batch * self.heads * self.block_rows)
 
     def _key_allowed(self, key_padding_mask: Tensor | None) -> Tensor | None:
         """Bool ``[B, N * b]``, False at padding and past the end; None where nothing is forbidden."""
@@ -71,12 +75,24 @@ class Problem:
             key_padding_mask = torch.ones(self.batch, self.key_length, dtype=torch.bool, device=self.device)
         return F.pad(key_padding_mask, (0, tail))
 
-    def to_blocks(self, x: Tensor) -> Tensor:
-        """``[B, H, length, D]`` to contiguous ``[B * H * blocks, b * D]``, the last block filled up with 0."""
-        tail = -x.shape[2] % self.size
-        if tail:
-            x = F.pad(x, (0, 0, 0, tail))
-        return x.to(self.dtype).reshape(-1, self.size * x.shape[3])
+    def to_blocks(self, name: str, x: Tensor) -> Tensor:
+        """``[B, H, length, D]`` to contiguous ``[B * H * blocks, b * D]``, the last block filled up with 0.
+
+        A copy lies in the workspace under this name.
+        """
+        batch, heads, length, dim = x.shape
+        tail = -length % self.size
+        if tail == 0 and x.dtype == self.dtype and x.is_contiguous():
+            return x.view(-1, self.size * dim)
+        blocks = self.workspace.empty(name, batch, heads, length + tail, dim)
+        blocks[:, :, :length] = x
+        blocks[:, :, length:] = 0
+        return blocks.view(-1, self.size * dim)
+
+    def empty_rows(self, width: int) -> Tensor:
+        """``[B * H * M, width]`` for one value a kept block row; rows without a kept block are 0 already."""
+        rows = torch.empty(self.batch * self.heads * self.block_rows, width, dtype=self.dtype, device=self.device)
+        return rows.index_fill_(0, (self.counts == 0).nonzero()[:, 0], 0)
 
     def rows_to_blocks(self, x: Tensor, fill: float) -> Tensor:
         """``[B, H, L]`` to ``[B * H * M, b]``, the last block filled up."""
@@ -97,17 +113,15 @@ class Problem:
 
     def chunks(self) -> Iterator[Chunk]:
         """All kept blocks, grouped by the number of blocks in their row."""
-        rows, columns = self._kept_blocks()
-        counts = torch.bincount(rows, minlength=self.batch * self.heads * self.block_rows)
-        starts = counts.cumsum(0) - counts
-        order = torch.argsort(counts, stable=True)
+        starts = self.counts.cumsum(0) - self.counts
+        order = torch.argsort(self.counts, stable=True)
         limit = CHUNK_SCORES_CPU if self.device.type == "cpu" else CHUNK_SCORES_OTHER
-        blocks_per_row, sizes = torch.unique_consecutive(counts[order], return_counts=True)
+        blocks_per_row, sizes = torch.unique_consecutive(self.counts[order], return_counts=True)
         for k, group in zip(blocks_per_row.tolist(), order.split(sizes.tolist()), strict=True):
             if k == 0:
                 continue
             entries = starts[group][:, None] + torch.arange(k, device=self.device)
-            group_columns = columns[entries]
+            group_columns = self.columns[entries]
             step = max(1, limit // (k * self.size * max(self.size, self.head_dim)))
             for part, part_columns in zip(group.split(step), group_columns.split(step), strict=True):
                 yield Chunk(part, part_columns.reshape(-1), k)
@@ -157,9 +171,14 @@ class Problem:
             allowed = keys <= queries if allowed is None else allowed & (keys <= queries)
         return allowed
 
-    def scores(self, chunk: Chunk, query: Tensor, key: Tensor, allowed: Tensor | None, out: Tensor) -> Tensor:
-        """Scaled, biased scores ``[n, b, k * b]`` of a chunk; what is not allowed becomes -inf."""
-        torch.baddbmm(out, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=out)
+    def scores(
+        self, chunk: Chunk, query: Tensor, key: Tensor, allowed: Tensor | None, out: Tensor, start: Tensor | None = None
+    ) -> Tensor:
+        """Scaled, biased scores ``[n, b, k * b]`` of a chunk, plus ``start``; what is not allowed becomes -inf."""
+        if start is None:
+            torch.baddbmm(out, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=out)
+        else:
+            torch.baddbmm(start, query, key.transpose(1, 2), alpha=self.scale, out=out)
         if self.bias is not None:
             out += self.gather_bias(chunk)
         if allowed is not None:
@@ -198,7 +217,7 @@ class Problem:
 
 
 class Workspace:
-    """Buffers for one chunk, kept from call to call: fresh memory costs a CPU more than the arithmetic on it."""
+    """Buffers that are kept from call to call: fresh memory costs a CPU more than the arithmetic on it."""
 
     _kept = threading.local()
 
@@ -215,7 +234,7 @@ class Workspace:
         if buffer is None or buffer.numel() < numel:
             with torch.inference_mode(False):  # else a buffer made in evaluation could not be written in training
                 buffer = torch.empty(numel, dtype=self.dtype, device=self.device)
-            if numel <= CHUNK_SCORES_CPU or self.device.type != "cpu":  # a single oversized row is not kept
+            if numel <= KEPT_BUFFER or self.device.type != "cpu":
                 self.buffers[name, self.dtype] = buffer
         return buffer[:numel].view(shape)
 
@@ -267,9 +286,10 @@ def block_attention(
         count_pruned,
     )
     b, dim, work = block_size, problem.head_dim, problem.workspace
-    q_blocks, k_blocks, v_blocks = (problem.to_blocks(x) for x in (query, key, value))
-    out = torch.zeros_like(q_blocks)
-    lse = q_blocks.new_full((len(q_blocks), b), math.inf)
+    q_blocks = problem.to_blocks("query blocks", query)
+    k_blocks, v_blocks = problem.to_blocks("key blocks", key), problem.to_blocks("value blocks", value)
+    out = problem.empty_rows(b * dim)
+    lse = out.new_full((len(out), b), math.inf)
     totals = problem.allowed_totals() if count_pruned else None
     generator = _generator(seed, query.device)
     for chunk in problem.chunks():
@@ -342,11 +362,14 @@ def block_attention_backward(
         count_pruned,
     )
     b, dim, work = block_size, problem.head_dim, problem.workspace
-    q_blocks, k_blocks, v_blocks, grad_blocks = (problem.to_blocks(x) for x in (query, key, value, grad))
+    q_blocks, grad_blocks = problem.to_blocks("query blocks", query), problem.to_blocks("grad blocks", grad)
+    k_blocks, v_blocks = problem.to_blocks("key blocks", key), problem.to_blocks("value blocks", value)
     # The mean gradient of a row's weights: sum_j p_j dp_j = grad . out, also with dropout and with pruned logits of 0.
-    delta = problem.rows_to_blocks((grad.to(problem.dtype) * out).sum(-1), 0.0)
-    lse_blocks = problem.rows_to_blocks(lse, math.inf)
-    d_query, d_key, d_value = (torch.zeros_like(x) for x in (q_blocks, k_blocks, v_blocks))
+    product = torch.mul(grad, out, out=work.empty("product", *grad.shape))
+    minus_delta = problem.rows_to_blocks(product.sum(-1).neg_(), 0.0)
+    minus_lse = problem.rows_to_blocks(lse.neg(), -math.inf)
+    d_query = problem.empty_rows(b * dim)
+    d_key, d_value = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
     d_bias = torch.zeros_like(problem.bias) if bias_grad and problem.bias is not None else None
     generator = _generator(seed, query.device)
     for chunk in problem.chunks():
@@ -355,18 +378,20 @@ def block_attention_backward(
         keys = work.gather("kv", k_blocks, chunk.columns, n, k * b, dim)
         row_grad = work.gather("grad", grad_blocks, chunk.rows, n, b, dim)
         weights = work.empty("scores", n, b, k * b)
-        problem.scores(chunk, q, keys, problem.allowed(chunk), out=weights)
-        weights.sub_(lse_blocks.index_select(0, chunk.rows).unsqueeze(-1)).exp_()
+        start = minus_lse.index_select(0, chunk.rows).unsqueeze(-1)
+        problem.scores(chunk, q, keys, problem.allowed(chunk), out=weights, start=start).exp_()
         drop = None if generator is None else dropout_mask(weights, dropout_p, generator)
         dropped = weights if drop is None else weights * drop
         column_grad = work.empty("column_grad", n, k * b, dim)
         torch.bmm(dropped.transpose(1, 2), row_grad, out=column_grad)
         d_value.index_add_(0, chunk.columns, column_grad.view(n * k, -1))
         values = work.gather("value", v_blocks, chunk.columns, n, k * b, dim)
-        d_scores = torch.bmm(row_grad, values.transpose(1, 2), out=work.empty("d_scores", n, b, k * b))
-        if drop is not None:
-            d_scores.mul_(drop)
-        d_scores.sub_(delta.index_select(0, chunk.rows).unsqueeze(-1)).mul_(weights)
+        d_scores = work.empty("d_scores", n, b, k * b)
+        mean = minus_delta.index_select(0, chunk.rows).unsqueeze(-1)
+        if drop is None:
+            torch.baddbmm(mean, row_grad, values.transpose(1, 2), out=d_scores).mul_(weights)
+        else:
+            torch.bmm(row_grad, values.transpose(1, 2), out=d_scores).mul_(drop).add_(mean).mul_(weights)
         if d_bias is not None:
             _add_bias_grad(problem, chunk, d_scores, d_bias)
         row_d_query = work.empty("grad", n, b, dim)

@@ -1,0 +1,63 @@
+"""Where and with what something was measured, and an honest clock."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and commit."""
+    cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain", "sat"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu or platform.processor()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+    }
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each function, called in turn, ``rounds`` times after one call that is not counted.
+
+    In turn, so that whatever slows the machine for a while slows all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for index in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if index:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, and the spread as quartiles."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {"median_ms": round(middle, 2), "quartiles_ms": [round(low, 2), round(high, 2)]}  # type: ignore[dict-item]
+
+
+def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
+    """How many times faster one function is: the median over the rounds of the ratio within a round."""
+    return round(statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True)), 2)
+
+
+def save(name: str, command: str, figures: Mapping[str, Any]) -> Path:
+    """Write ``experiments/results/name.json``."""
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"command": command, **environment(), **figures}, indent=1) + "\n")
+    return path
