@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -252,24 +252,91 @@ class SaveLast(Callback):
             raise RunInterrupted(f"interrupted at step {step}")
 
 
-class RichProgress(RichProgressBar):
-    """Lightning's progress bar with the phase and the step time."""
+def status(trainer: Trainer, monitor: Monitor) -> str:
+    """Loss, accuracy and step time, as a line."""
+    metrics = trainer.callback_metrics
+    names = {"train/loss": "loss", "train/acc": "acc", "val/acc": "val acc"}
+    parts = [f"{short} {metrics[name]:.3f}" for name, short in names.items() if name in metrics]
+    times = monitor.step_times.get(phase_name(monitor.sparsity))
+    if times:
+        parts.append(f"{1e3 * median(times[-20:]):.0f} ms")
+    return " · ".join(parts)
 
-    def __init__(self, monitor: Monitor) -> None:
+
+class BarProgress(Callback):
+    """A bar over all steps of the training, with the phase and the :func:`status`; then one over the test.
+
+    Lightning's own bar runs over one epoch, but these runs are measured in steps.
+
+    Args:
+        monitor: knows the phase and the step times.
+        console: a terminal.
+    """
+
+    def __init__(self, monitor: Monitor, console: Console) -> None:
         super().__init__()
-        self.monitor = monitor
+        self.monitor, self.console = monitor, console
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Phase and step time first."""
-        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        phase = phase_name(self.monitor.sparsity)
-        times = self.monitor.step_times.get(phase)
-        step = {"ms/step": f"{1e3 * median(times[-20:]):.0f}"} if times else {}
-        return {"phase": phase, **step, **metrics}
+    def _start(self, what: str, total: float, completed: int = 0) -> None:
+        self._stop()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        self._bar = Progress(*columns, console=self.console)
+        self._task = self._bar.add_task(what, total=total, completed=completed, status="")
+        self._bar.start()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        self._start(phase_name(self.monitor.sparsity), trainer.estimated_stepping_batches, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One step further."""
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=trainer.global_step,
+                description=phase_name(self.monitor.sparsity),
+                status=status(trainer, self.monitor),
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say why the bar stands still."""
+        if self._bar is not None:
+            self._bar.update(self._task, description="validating")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar as it is."""
+        self._stop()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show a bar over the test."""
+        self._start("testing", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        """One batch further."""
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the terminal back, however the run ended."""
+        self._stop()
 
 
-class PlainProgress(Callback):
+class LineProgress(Callback):
     """A line every few seconds, where no terminal redraws a bar.
 
     Args:
@@ -283,19 +350,25 @@ class PlainProgress(Callback):
         self.monitor, self.console, self.seconds = monitor, console, seconds
         self._next = 0.0
 
+    def _is_time(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self.seconds
+        return True
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print a line if it is time."""
-        now = time.monotonic()
-        if now < self._next or not ends_optimizer_step(trainer, batch_idx):
-            return
-        self._next = now + self.seconds
-        phase = phase_name(self.monitor.sparsity)
-        parts = [f"step {trainer.global_step}/{int(trainer.estimated_stepping_batches)}", phase]
-        metrics = trainer.callback_metrics
-        parts += [f"{name} {metrics[name]:.3f}" for name in ("train/loss", "train/acc", "val/acc") if name in metrics]
-        times = self.monitor.step_times.get(phase)
-        if times:
-            parts.append(f"{1e3 * median(times[-20:]):.0f} ms/step")
-        self.console.print(" · ".join(parts), highlight=False, soft_wrap=True)
+        if ends_optimizer_step(trainer, batch_idx) and self._is_time():
+            step = f"step {trainer.global_step}/{int(trainer.estimated_stepping_batches)}"
+            line = f"{step} · {phase_name(self.monitor.sparsity)} · {status(trainer, self.monitor)}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Print a line if it is time."""
+        if self._is_time():
+            self.console.print(f"testing, batch {batch_idx + 1}/{sum(trainer.num_test_batches)}", highlight=False)

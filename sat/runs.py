@@ -81,20 +81,23 @@ def _find_config(value: str) -> Path:
 
 
 def run_folder(output_dir: Path, name: str, checkpoint: Path | None) -> Path:
-    """A new folder ``output_dir/name/time``; the checkpoint's own run folder when a run goes on.
+    """A path that is free, ``output_dir/name/time``; the checkpoint's own run folder when a run goes on."""
+    if checkpoint is not None and checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder, attempt = output_dir / name / stamp, 1
+    while folder.exists():
+        attempt += 1
+        folder = output_dir / name / f"{stamp}_{attempt}"
+    return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run's folder, and be sure that it can be written.
 
     Raises:
-        OSError: it cannot be made or written.
+        OSError: it cannot.
     """
-    if checkpoint is not None and checkpoint.parent.name == "checkpoints":
-        folder = checkpoint.parent.parent
-    else:
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        folder = output_dir / name / stamp
-        attempt = 1
-        while folder.exists():
-            attempt += 1
-            folder = output_dir / name / f"{stamp}_{attempt}"
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -104,7 +107,6 @@ def run_folder(output_dir: Path, name: str, checkpoint: Path | None) -> Path:
         raise OSError(
             f"cannot write to the run folder {folder} ({error.strerror}); choose another --output_dir"
         ) from error
-    return folder
 
 
 def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | None:

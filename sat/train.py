@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from sat import runs
@@ -22,7 +24,7 @@ from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, SequenceDataModule
 from sat.models import SequenceClassifier
 from sat.module import ClassificationModule
-from sat.monitor import ExactResume, Monitor, PlainProgress, RichProgress, RunInterrupted, SaveLast
+from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast
 
 DESCRIPTION = """Train a Transformer densely until its attention has settled, then sparsely.
 
@@ -132,7 +134,7 @@ class Run:
         self.checkpoint = checkpoint
         self.folder = runs.run_folder(Path(args.output_dir), args.name, checkpoint)
         self.last = self.folder / "checkpoints" / "last.ckpt"
-        runs.write_text(self.folder / "config.yaml", parser.dump(args, skip_unset=False))
+        self.config = parser.dump(args, skip_unset=False)
         self.monitor = Monitor(self.sparsity, console)
         self.best = ModelCheckpoint(
             self.folder / "checkpoints",
@@ -151,21 +153,29 @@ class Run:
             callbacks=self._callbacks(),
             use_distributed_sampler=False,  # our loaders know their rank
             enable_model_summary=False,
-            enable_progress_bar=console.is_terminal,
+            enable_progress_bar=False,  # ours counts steps
             default_root_dir=self.folder,
         )
 
     def _callbacks(self) -> list[Callback]:
         """In the order in which they act at the end of a step."""
-        progress = RichProgress(self.monitor) if self.console.is_terminal else PlainProgress(self.monitor, self.console)
+        progress = (BarProgress if self.console.is_terminal else LineProgress)(self.monitor, self.console)
         sparsity = [self.sparsity] if self.sparsity else []
         return [SaveLast(self.last), *sparsity, self.monitor, progress, ExactResume(), self.best]
 
     def prepare(self) -> None:
-        """Read the data, before anything else can fail."""
-        self.data.prepare_data()
-        self.data.setup("fit")
-        self.data.train_dataloader()  # refuses a batch that is larger than the training set
+        """Make the run's folder and read the data; a new folder does not outlive a failure."""
+        new = not self.folder.exists()
+        try:
+            runs.make_folder(self.folder)
+            runs.write_text(self.folder / "config.yaml", self.config)
+            self.data.prepare_data()
+            self.data.setup("fit")
+            self.data.train_dataloader()  # refuses a batch that is larger than the training set
+        except BaseException:
+            if new:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         parameters = sum(p.numel() for p in self.module.parameters())
         self.console.print(
             f"{self.name}: {self.data.seq_len} tokens, {self.data.num_classes} classes, {parameters:,} parameters; "
@@ -209,8 +219,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         run = Run(*parse(argv), console)
         run.prepare()
-    except (ValueError, TypeError, OSError) as error:
-        _fail(str(error), 2)
+    except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+        _fail(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted before the first step; nothing was begun", 130)
     try:
         run.train()
     except RunInterrupted as stop:
@@ -218,7 +230,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     except FloatingPointError as error:
         kept = f"; the last good checkpoint is {run.last}" if run.last.is_file() else ""
         _fail(f"{error}{kept}", 1)
-    return run.report()
+    try:
+        return run.report()
+    except KeyboardInterrupt:
+        _fail(f"interrupted while testing; the trained model is {run.last}", 130)
 
 
 def _fail(sentence: str, status: int) -> NoReturn:
@@ -230,8 +245,8 @@ def _quiet_lightning() -> None:
     """Leave out what Lightning says at every start; what is wrong still shows."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*number of training batches.*"):
-        warnings.filterwarnings("ignore", message)
+    for message in ("does not have many workers", "exists and is not empty", "number of training batches", "LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{message}.*")
 
 
 if __name__ == "__main__":

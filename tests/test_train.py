@@ -275,13 +275,15 @@ class TestBadInput:
             (["--config", "tiny.yaml", "--ckpt_path", "last"], "no run in runs/tiny has a checkpoint yet"),
             (["--config", "tiny.yaml", "--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt"),
             (["--config", "tiny.yaml", "--ckpt_path", "tiny.yaml"], "tiny.yaml is not a whole checkpoint"),
+            (["--config", "tiny.yaml", "--trainer.accelerator", "abacus"], "abacus"),
+            (["--config", "tiny.yaml", "--trainer.precision", "3"], "precision"),
             (["--config", "cifar10.yaml", "--data.path", "nowhere"], "nowhere"),
             (["--config", "cifar10.yaml", "--data.cache_dir", "cache"], "--data.path"),
         ],
     )
     def test_is_refused_with_a_sentence_before_any_work(self, tiny, capsys, arguments, expected):
         assert expected in refused(capsys, *arguments)
-        assert not list(Path().glob("runs/*/*/checkpoints/*"))
+        assert not list(Path().glob("runs/*/*"))
 
     @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "data: 3\n"])
     def test_a_file_that_is_no_config(self, tiny, capsys, text):
