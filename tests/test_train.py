@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from sat import runs, train
 from sat.layout import BlockLayout
@@ -78,6 +80,14 @@ def test_a_whole_run_leaves_everything_in_its_folder(tiny, capsys):
     assert {"layer0/skewness", "layer1/distance", "layer1/relative_change", "train/loss", "val/acc"} <= set(header)
     printed = capsys.readouterr().out
     for text in ("Switch to sparse attention at step 9, by its criterion", "before the switch", str(folder)):
+        assert text in printed
+
+
+def test_on_a_terminal_a_bar_counts_the_steps(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(train, "Console", lambda: Console(force_terminal=True, width=110))
+    run("--config", tiny)
+    printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    for text in ("dense", "sparse", "validating", "20/20 loss", "testing", "3/3"):
         assert text in printed
 
 
