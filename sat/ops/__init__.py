@@ -143,7 +143,7 @@ def block_sparse_attention(
         scale,
         is_causal,
         pruned == "zero",
-    )[0]
+    )
 
 
 def sddmm(query: Tensor, key: Tensor, layout: BlockLayout, *, backend: Backend = "auto") -> Tensor:

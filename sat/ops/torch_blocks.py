@@ -2,8 +2,8 @@
 
 Block rows that keep equally many blocks are gathered and computed together as batched matrix products, a bounded
 number of scores at a time. So time grows with the kept blocks, and the memory beyond inputs and outputs does not grow
-at all. The backward pass recomputes the weights from the saved log-sum-exp (as FlashAttention does). Block sums into
-key and value gradients go in a fixed order: results are repeatable bit for bit.
+at all. The backward pass computes the weights once more, so that nothing of their size is kept in between. Block sums
+into key and value gradients go in a fixed order: results are repeatable bit for bit.
 
 Shapes: B batch, H heads, L queries, S keys, D head dimension, b block size, M x N blocks; n block rows in a chunk,
 each of which keeps k blocks.
@@ -58,13 +58,14 @@ class Problem:
         self.block_rows, self.block_columns = mask.shape[1:]
         self.device = query.device
         self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self.is_causal, self.scale, self.count_pruned = is_causal, scale, count_pruned
+        self.is_causal, self.scale = is_causal, scale
         self.query_padding_mask = query_padding_mask
         self.key_allowed = self._key_allowed(key_padding_mask)
         self.bias = None if attn_bias is None else self.split_bias(attn_bias.to(self.dtype))
         self.workspace = Workspace(self.dtype, self.device)
         self.rows, self.columns = self._kept_blocks()
         self.counts = torch.bincount(self.rows, minlength=self.batch * self.heads * self.block_rows)
+        self.allowed_totals = self._allowed_totals() if count_pruned else None
 
     def _key_allowed(self, key_padding_mask: Tensor | None) -> Tensor | None:
         """Bool ``[B, N * b]``, False at padding and past the end; None where nothing is forbidden."""
@@ -93,10 +94,6 @@ class Problem:
         """``[B * H * M, width]`` for one value a kept block row; rows without a kept block are 0 already."""
         rows = torch.empty(self.batch * self.heads * self.block_rows, width, dtype=self.dtype, device=self.device)
         return rows.index_fill_(0, (self.counts == 0).nonzero()[:, 0], 0)
-
-    def rows_to_blocks(self, x: Tensor, fill: float) -> Tensor:
-        """``[B, H, L]`` to ``[B * H * M, b]``, the last block filled up."""
-        return F.pad(x, (0, -x.shape[2] % self.size), value=fill).reshape(-1, self.size)
 
     def from_blocks(self, x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
         """Back to contiguous ``[B, H, length, D]``."""
@@ -171,19 +168,25 @@ class Problem:
             allowed = keys <= queries if allowed is None else allowed & (keys <= queries)
         return allowed
 
-    def scores(
-        self, chunk: Chunk, query: Tensor, key: Tensor, allowed: Tensor | None, out: Tensor, start: Tensor | None = None
-    ) -> Tensor:
-        """Scaled, biased scores ``[n, b, k * b]`` of a chunk, plus ``start``; what is not allowed becomes -inf."""
-        if start is None:
-            torch.baddbmm(out, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=out)
-        else:
-            torch.baddbmm(start, query, key.transpose(1, 2), alpha=self.scale, out=out)
+    def weights(self, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
+        """Attention weights of a chunk, ``[n, b, k * b]``, in the workspace; 0 in rows without a key.
+
+        Where pruned entries count as logits of 0, there is one more column, which holds the weight of all of them.
+        """
+        out = self.workspace.empty("scores", len(query), self.size, key.shape[1])
+        scores = torch.baddbmm(out, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=out)
         if self.bias is not None:
-            out += self.gather_bias(chunk)
+            scores += self.gather_bias(chunk)
+        allowed = self.allowed(chunk)
         if allowed is not None:
-            out.masked_fill_(~allowed, -math.inf)
-        return out
+            scores.masked_fill_(~allowed, -math.inf)
+        if self.allowed_totals is not None:
+            # c logits of 0 weigh as much as one logit of log c.
+            scores = torch.cat([scores, self.pruned_count(chunk, allowed, self.allowed_totals).log()], 2)
+        weights = torch.softmax(scores, 2, out=self.workspace.empty("weights", *scores.shape))
+        if self.bias is not None or allowed is not None:
+            weights.masked_fill_(scores.amax(2, keepdim=True) == -math.inf, 0)
+        return weights
 
     def bias_index(self, chunk: Chunk, bias: Tensor) -> tuple[Tensor, ...]:
         """Index ``[n, k]`` of a chunk's blocks in the first four dimensions of a bias split into blocks."""
@@ -203,7 +206,7 @@ class Problem:
         sample, _, row, _ = self.locate(chunk)
         return totals[sample[:, 0], row[:, 0]].unsqueeze(-1) - kept
 
-    def allowed_totals(self) -> Tensor:
+    def _allowed_totals(self) -> Tensor:
         """``[B, M, b]``: how many keys padding and causality permit each query."""
         ends = torch.arange(self.block_rows * self.size, device=self.device)
         if self.key_allowed is None:
@@ -268,64 +271,38 @@ def block_attention(
     scale: float,
     is_causal: bool,
     count_pruned: bool,
-) -> tuple[Tensor, Tensor]:
-    """Forward pass: the context ``[B, H, L, D]`` and the log-sum-exp ``[B, H, L]`` (+inf where a row has no key).
+) -> Tensor:
+    """Forward pass: the context ``[B, H, L, D]``.
 
     ``mask`` is ``[H|1, M, N]``. The arguments have been checked by :mod:`sat.ops`.
     """
     problem = Problem(
-        query,
-        key,
-        mask,
-        block_size,
-        key_padding_mask,
-        query_padding_mask,
-        attn_bias,
-        is_causal,
-        scale,
-        count_pruned,
+        query, key, mask, block_size, key_padding_mask, query_padding_mask, attn_bias, is_causal, scale, count_pruned
     )
     b, dim, work = block_size, problem.head_dim, problem.workspace
     q_blocks = problem.to_blocks("query blocks", query)
     k_blocks, v_blocks = problem.to_blocks("key blocks", key), problem.to_blocks("value blocks", value)
     out = problem.empty_rows(b * dim)
-    lse = out.new_full((len(out), b), math.inf)
-    totals = problem.allowed_totals() if count_pruned else None
     generator = _generator(seed, query.device)
     for chunk in problem.chunks():
         n, k = len(chunk.rows), chunk.blocks_per_row
         q = work.gather("q", q_blocks, chunk.rows, n, b, dim)
         keys = work.gather("kv", k_blocks, chunk.columns, n, k * b, dim)
-        allowed = problem.allowed(chunk)
-        weights = problem.scores(chunk, q, keys, allowed, out=work.empty("scores", n, b, k * b))
-        pivot = weights.amax(-1, keepdim=True)
-        if totals is not None:
-            pivot.clamp_(min=0)
-        pivot.masked_fill_(pivot == -math.inf, 0)
-        weights.sub_(pivot).exp_()
-        total = weights.sum(-1, keepdim=True)
-        if totals is not None:
-            total += problem.pruned_count(chunk, allowed, totals) * torch.exp(-pivot)
-        row_lse = (pivot + total.log()).masked_fill_(total == 0, math.inf)
+        weights = problem.weights(chunk, q, keys)[:, :, : k * b]
         if generator is not None:
-            weights.mul_(dropout_mask(weights, dropout_p, generator))
+            weights = weights.mul_(dropout_mask(weights, dropout_p, generator))
         values = work.gather("kv", v_blocks, chunk.columns, n, k * b, dim)
         context = torch.bmm(weights, values, out=work.empty("q", n, b, dim))
-        context.div_(total.masked_fill_(total == 0, 1))
         out.index_copy_(0, chunk.rows, context.view(n, -1))
-        lse.index_copy_(0, chunk.rows, row_lse.view(n, b))
     context = problem.from_blocks(out, problem.query_length, query.dtype)
-    lse = lse.view(problem.batch, problem.heads, -1)[:, :, : problem.query_length].contiguous()
     if query_padding_mask is not None:
         context.masked_fill_(~query_padding_mask[:, None, :, None], 0)
-        lse.masked_fill_(~query_padding_mask[:, None, :], math.inf)
-    return context, lse
+    return context
 
 
 @block_attention.register_fake
-def _(query: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
+def _(query: Tensor, *args: object) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 @torch.library.custom_op("sat::block_attention_torch_backward", mutates_args=())
@@ -334,8 +311,6 @@ def block_attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
     mask: Tensor,
     block_size: int,
     key_padding_mask: Tensor | None,
@@ -350,24 +325,13 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backward pass: gradients to query, key, value and the bias (empty unless ``bias_grad``)."""
     problem = Problem(
-        query,
-        key,
-        mask,
-        block_size,
-        key_padding_mask,
-        query_padding_mask,
-        attn_bias,
-        is_causal,
-        scale,
-        count_pruned,
+        query, key, mask, block_size, key_padding_mask, query_padding_mask, attn_bias, is_causal, scale, count_pruned
     )
     b, dim, work = block_size, problem.head_dim, problem.workspace
+    if query_padding_mask is not None:
+        grad = grad.masked_fill(~query_padding_mask[:, None, :, None], 0)
     q_blocks, grad_blocks = problem.to_blocks("query blocks", query), problem.to_blocks("grad blocks", grad)
     k_blocks, v_blocks = problem.to_blocks("key blocks", key), problem.to_blocks("value blocks", value)
-    # The mean gradient of a row's weights: sum_j p_j dp_j = grad . out, also with dropout and with pruned logits of 0.
-    product = torch.mul(grad, out, out=work.empty("product", *grad.shape))
-    minus_delta = problem.rows_to_blocks(product.sum(-1).neg_(), 0.0)
-    minus_lse = problem.rows_to_blocks(lse.neg(), -math.inf)
     d_query = problem.empty_rows(b * dim)
     d_key, d_value = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
     d_bias = torch.zeros_like(problem.bias) if bias_grad and problem.bias is not None else None
@@ -377,21 +341,22 @@ def block_attention_backward(
         q = work.gather("q", q_blocks, chunk.rows, n, b, dim)
         keys = work.gather("kv", k_blocks, chunk.columns, n, k * b, dim)
         row_grad = work.gather("grad", grad_blocks, chunk.rows, n, b, dim)
-        weights = work.empty("scores", n, b, k * b)
-        start = minus_lse.index_select(0, chunk.rows).unsqueeze(-1)
-        problem.scores(chunk, q, keys, problem.allowed(chunk), out=weights, start=start).exp_()
+        all_weights = problem.weights(chunk, q, keys)
+        weights = all_weights[:, :, : k * b]
         drop = None if generator is None else dropout_mask(weights, dropout_p, generator)
         dropped = weights if drop is None else weights * drop
-        column_grad = work.empty("column_grad", n, k * b, dim)
-        torch.bmm(dropped.transpose(1, 2), row_grad, out=column_grad)
+        column_grad = torch.bmm(dropped.transpose(1, 2), row_grad, out=work.empty("column_grad", n, k * b, dim))
         d_value.index_add_(0, chunk.columns, column_grad.view(n * k, -1))
         values = work.gather("value", v_blocks, chunk.columns, n, k * b, dim)
-        d_scores = work.empty("d_scores", n, b, k * b)
-        mean = minus_delta.index_select(0, chunk.rows).unsqueeze(-1)
-        if drop is None:
-            torch.baddbmm(mean, row_grad, values.transpose(1, 2), out=d_scores).mul_(weights)
-        else:
-            torch.bmm(row_grad, values.transpose(1, 2), out=d_scores).mul_(drop).add_(mean).mul_(weights)
+        # The scores have been used: their buffer is free.
+        d_weights = torch.bmm(row_grad, values.transpose(1, 2), out=work.empty("scores", n, b, k * b))
+        if drop is not None:
+            d_weights.mul_(drop)
+        if count_pruned:
+            d_weights = F.pad(d_weights, (0, 1))
+        d_scores = work.empty("d_scores", *all_weights.shape)
+        torch.ops.aten._softmax_backward_data.out(d_weights, all_weights, 2, problem.dtype, grad_input=d_scores)
+        d_scores = d_scores[:, :, : k * b]
         if d_bias is not None:
             _add_bias_grad(problem, chunk, d_scores, d_bias)
         row_d_query = work.empty("grad", n, b, dim)
@@ -427,44 +392,30 @@ def _(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
     mask: Tensor,
     block_size: int,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
     attn_bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    is_causal: bool,
-    count_pruned: bool,
-    bias_grad: bool,
+    *constants: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias_grad = constants[-1]
     d_bias = attn_bias.new_empty(attn_bias.shape) if bias_grad and attn_bias is not None else query.new_empty(0)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), d_bias
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     query, key, value, mask, size, key_padding, query_padding, bias, seed, *constants = inputs
-    ctx.save_for_backward(query, key, value, *output, mask, key_padding, query_padding, bias, seed)
+    ctx.save_for_backward(query, key, value, mask, key_padding, query_padding, bias, seed)
     ctx.size, ctx.constants = size, constants  # type: ignore[attr-defined]
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     *dense, mask, key_padding, query_padding, bias, seed = ctx.saved_tensors  # type: ignore[attr-defined]
+    size, constants = ctx.size, ctx.constants  # type: ignore[attr-defined]
     bias_grad = ctx.needs_input_grad[7]  # type: ignore[attr-defined]
     d_query, d_key, d_value, d_bias = block_attention_backward(
-        grad,
-        *dense,
-        mask,
-        ctx.size,  # type: ignore[attr-defined]
-        key_padding,
-        query_padding,
-        bias,
-        seed,
-        *ctx.constants,  # type: ignore[attr-defined]
-        bias_grad,
+        grad, *dense, mask, size, key_padding, query_padding, bias, seed, *constants, bias_grad
     )
     return d_query, d_key, d_value, *[None] * 4, d_bias if bias_grad else None, *[None] * 5
 
