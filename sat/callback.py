@@ -105,11 +105,15 @@ class AdaptiveSparsity(Callback):
             min_blocks_per_row=min_blocks_per_row,
             seed=seed,
         )
-        self._make_controller(1, 1, (1, 1), 1, (1, 1))  # refuses bad values now, not in the middle of a set-up
+        # Refuses bad values now, not in the middle of a set-up. The grid is as small as the settings allow.
+        side = max(1, min_blocks_per_row)
+        self._make_controller(1, 1, (side, side), 1, (side, side))
         self.controller: SparsityController | None = None
         self.attentions: dict[str, AdaptiveAttention] = {}
         self.transitions: list[Transition] = []
         self.history: list[dict[str, Any]] = []
+        self._steps = 0  # optimizer steps; trainer.global_step counts those of every optimizer
+        self._unscaled: dict[Optimizer, list[Any]] = {}
         self._hooks: list[Any] = []
 
     @property
@@ -124,11 +128,12 @@ class AdaptiveSparsity(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the attention modules and set up the controller."""
-        if stage != "fit" or self.controller is not None:
+        if stage != "fit":
             return
-        self.attentions = {
-            name: module for name, module in pl_module.named_modules() if isinstance(module, AdaptiveAttention)
-        }
+        found = {name: module for name, module in pl_module.named_modules() if isinstance(module, AdaptiveAttention)}
+        if self.controller is not None and [*map(id, found.values())] == [*map(id, self.attentions.values())]:
+            return  # another fit of the same model goes on
+        self.attentions, self.transitions, self.history, self._steps = found, [], [], 0
         if not self.attentions:
             raise ValueError(
                 f"AdaptiveSparsity found no sat.attention.AdaptiveAttention in {type(pl_module).__name__}; build the "
@@ -155,19 +160,34 @@ class AdaptiveSparsity(Callback):
         scheduler it is.
         """
         for optimizer in trainer.optimizers:
-            unscaled: list[Any] = []
-            self._hooks.append(optimizer.register_step_pre_hook(partial(self._scale_lr, unscaled)))
-            self._hooks.append(optimizer.register_step_post_hook(partial(self._restore_lr, unscaled)))
+            self._hooks.append(optimizer.register_step_pre_hook(self._scale_lr))
+            self._hooks.append(optimizer.register_step_post_hook(self._restore_lr))
 
-    def _scale_lr(self, unscaled: list[Any], optimizer: Optimizer, *_: Any) -> None:
-        unscaled[:] = [group["lr"] for group in optimizer.param_groups]
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse layouts that this callback knows nothing of, such as weights loaded without the callback's state."""
+        assert self.controller is not None
+        for index, (name, attention) in enumerate(self.attentions.items()):
+            if attention.is_sparse != (self.controller.phase(index) == "sparse"):
+                state = "sparse" if attention.is_sparse else "dense"
+                raise ValueError(
+                    f"{name} is {state}, but the state of AdaptiveSparsity says otherwise; resume from a checkpoint "
+                    f"that was trained with this callback, or start densely with set_layout(None)"
+                )
+
+    def _scale_lr(self, optimizer: Optimizer, *_: Any) -> None:
         if self.all_sparse:
+            self._unscaled[optimizer] = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * self.lr_factor
 
-    def _restore_lr(self, unscaled: list[Any], optimizer: Optimizer, *_: Any) -> None:
-        for group, lr in zip(optimizer.param_groups, unscaled, strict=True):
+    def _restore_lr(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, lr in zip(optimizer.param_groups, self._unscaled.pop(optimizer, []), strict=False):
             group["lr"] = lr
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A step that failed has not restored its learning rate."""
+        for optimizer in list(self._unscaled):
+            self._restore_lr(optimizer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off the optimizers."""
@@ -178,7 +198,7 @@ class AdaptiveSparsity(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the dense layers for statistics, at every ``interval``-th optimizer step."""
         assert self.controller is not None
-        observes = ends_optimizer_step(trainer, batch_idx) and (trainer.global_step + 1) % self.interval == 0
+        observes = ends_optimizer_step(trainer, batch_idx) and (self._steps + 1) % self.interval == 0
         for index, attention in enumerate(self.attentions.values()):
             attention.observe_samples = self.samples if observes and self.controller.phase(index) == "dense" else 0
             attention.statistics = None
@@ -188,6 +208,7 @@ class AdaptiveSparsity(Callback):
     ) -> None:
         """Hand the statistics to the controller and put its layouts in place."""
         assert self.controller is not None
+        self._steps += ends_optimizer_step(trainer, batch_idx)
         statistics = {}
         attentions = list(self.attentions.values())
         for index, attention in enumerate(attentions):
@@ -197,7 +218,11 @@ class AdaptiveSparsity(Callback):
                 attention.statistics = None
         if not statistics:
             return
-        step = trainer.global_step
+        step = self._steps
+        absent = sorted(set(self.controller.dense_layers) - set(statistics))
+        if absent:  # layers that are skipped at random, say
+            logger.info("no observation at step %d: the layers %s took no part in this batch", step, absent)
+            return
         transitions = self.controller.observe(step, statistics)
         self._log_statistics(trainer, step)
         for transition in transitions:
@@ -219,7 +244,7 @@ class AdaptiveSparsity(Callback):
             if value == value  # nan: not defined yet
         }
         for each in trainer.loggers:
-            each.log_metrics(values, step=step)
+            each.log_metrics(values, step=step - 1)  # as Lightning numbers the metrics of this step
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the controller, the transitions and the statistics so far."""
@@ -229,6 +254,7 @@ class AdaptiveSparsity(Callback):
             "controller": self.controller.state_dict(),
             "transitions": [{**t._asdict(), "layout": t.layout.mask} for t in self.transitions],
             "history": self.history,
+            "steps": self._steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -242,6 +268,7 @@ class AdaptiveSparsity(Callback):
             for saved in state_dict["transitions"]
         ]
         self.history = list(state_dict["history"])
+        self._steps = state_dict["steps"]
 
 
 def ends_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:

@@ -49,6 +49,10 @@ class ClassificationModule(LightningModule):
             raise ValueError(f"lr must be above 0, got {lr}")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        if weight_decay < 0 or eps < 0:
+            raise ValueError(f"weight_decay and eps must be at least 0, got {weight_decay} and {eps}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {list(betas)}")
         self.model = model
         self.lr, self.warmup_steps = lr, warmup_steps
         self.weight_decay, self.betas, self.eps = weight_decay, (betas[0], betas[1]), eps
@@ -72,7 +76,7 @@ class ClassificationModule(LightningModule):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss is {loss.item()} at step {self.global_step}; the run stops before this step "
-                f"changes the weights. A smaller model.lr, a longer warm-up or trainer.precision=32-true may help"
+                f"changes the weights. A smaller optimizer.lr, a longer warm-up or trainer.precision=32-true may help"
             )
         self._log_accuracy("fit", logits, batch["labels"])
         self.log("train/loss", loss, prog_bar=True)
@@ -99,6 +103,21 @@ class ClassificationModule(LightningModule):
         training = split == "fit"
         name = "train/acc" if training else f"{split}/acc"
         self.log(name, metric, on_step=training, on_epoch=not training, prog_bar=True, batch_size=len(labels))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose cycle of the learning rate has another length.
+
+        Raises:
+            ValueError: it has.
+        """
+        total = int(self.trainer.estimated_stepping_batches)
+        for scheduler in checkpoint.get("lr_schedulers", []):
+            saved = scheduler.get("total_steps", total + 1) - 1
+            if saved != total:
+                raise ValueError(
+                    f"the checkpoint's learning-rate cycle has {saved} steps, this run {total}; go on with the "
+                    f"trainer.max_steps (or max_epochs) that it was started with"
+                )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and OneCycle over the whole training, linear both ways."""

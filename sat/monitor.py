@@ -46,7 +46,9 @@ class Monitor(Callback):
         self.sparsity, self.console, self.switch_batches = sparsity, console, switch_batches
         self.step_times: dict[str, list[float]] = {}
         self.validation_accuracy: dict[str, float] = {}
+        self.validated_at = 0
         self.peak_memory: dict[str, float] = {}
+        self.trained = False  # whether a step has been done in this process
         self._last: float | None = None
         self._seen = 0
 
@@ -69,7 +71,8 @@ class Monitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the latest accuracy: a resumed run may end without another validation."""
         if "val/acc" in trainer.callback_metrics and not trainer.sanity_checking:
-            self.validation_accuracy["final"] = float(trainer.callback_metrics["val/acc"])
+            self.validation_accuracy["latest"] = float(trainer.callback_metrics["val/acc"])
+            self.validated_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,6 +80,7 @@ class Monitor(Callback):
         """Read the clock; at a switch, measure and print. Runs after :class:`AdaptiveSparsity`."""
         if not ends_optimizer_step(trainer, batch_idx):
             return
+        self.trained = True
         new = self.sparsity.transitions[self._seen :] if self.sparsity else []
         now = time.perf_counter()
         if self._last is not None and not new:
@@ -137,12 +141,17 @@ class Monitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
-        return {"step_times": self.step_times, "validation_accuracy": self.validation_accuracy}
+        return {
+            "step_times": self.step_times,
+            "validation_accuracy": self.validation_accuracy,
+            "validated_at": self.validated_at,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
         self.step_times = {phase: list(times) for phase, times in state_dict["step_times"].items()}
         self.validation_accuracy = dict(state_dict["validation_accuracy"])
+        self.validated_at = state_dict["validated_at"]
 
 
 def transition_table(transitions: list[Any]) -> Table:
@@ -234,6 +243,20 @@ class SaveLast(Callback):
             raise KeyboardInterrupt
         self.interrupted = True
 
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; the last good checkpoint stays.
+        """
+        for name, parameter in pl_module.named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} has become NaN or infinite by step {trainer.global_step}, though the loss was finite; "
+                    f"the run stops. A smaller optimizer.lr or trainer.precision=32-true may help"
+                )
+        trainer.save_checkpoint(self.path)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save, if it is time or Ctrl-C was pressed. Must be the first callback: nothing of this step has happened."""
         step = trainer.global_step
@@ -244,7 +267,7 @@ class SaveLast(Callback):
             progress = trainer.fit_loop.epoch_loop.batch_progress
             progress.total.ready -= 1
             progress.current.ready -= 1
-            trainer.save_checkpoint(self.path)
+            self.save(trainer, pl_module)
             progress.total.ready += 1
             progress.current.ready += 1
             self._saved_at = step

@@ -32,8 +32,8 @@ CONFIG_FOLDER = "configs"
 def shipped_configs() -> Path:
     """The folder of the shipped configs: beside ``sat/`` in a checkout, ``sat/configs`` in an installed wheel."""
     package = Path(__file__).parent
-    checkout = package.parent / CONFIG_FOLDER
-    return checkout if checkout.is_dir() else package / CONFIG_FOLDER
+    installed = package / CONFIG_FOLDER
+    return installed if installed.is_dir() else package.parent / CONFIG_FOLDER
 
 
 def option_values(argv: list[str], options: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -42,9 +42,9 @@ def option_values(argv: list[str], options: tuple[str, ...]) -> Iterator[tuple[s
         option, equals, value = argument.partition("=")
         if option in options:
             if not equals:
-                if index + 1 == len(argv):
+                value = argv[index + 1] if index + 1 < len(argv) else "--"
+                if value.startswith("--"):
                     raise ValueError(f"{option} needs a value after it")
-                value = argv[index + 1]
             yield option, value
 
 
@@ -54,17 +54,18 @@ def resolve_config_arguments(argv: list[str]) -> list[str]:
     Raises:
         ValueError: there is no such config; names those that there are.
     """
-    resolved = list(argv)
-    named = any(option == "--name" for option, _ in option_values(argv, ("--name",)))
-    for _, value in list(option_values(argv, ("--config",))):
-        path = _find_config(value)
-        resolved = [
-            str(path) if a == value else f"--config={path}" if a == f"--config={value}" else a for a in resolved
-        ]
-        if not named:
-            resolved += ["--name", path.stem]
-            named = True
-    return resolved
+    resolved: list[str] = []
+    stem = None
+    for index, argument in enumerate(argv):
+        option, equals, value = argument.partition("=")
+        after_option = index > 0 and argv[index - 1] == "--config"
+        if after_option or (option == "--config" and equals):
+            path = _find_config(argument if after_option else value)
+            argument = str(path) if after_option else f"--config={path}"
+            stem = stem or path.stem
+        resolved.append(argument)
+    # First, so that a name in the config or on the command line prevails.
+    return resolved if stem is None else ["--name", stem, *resolved]
 
 
 def _find_config(value: str) -> Path:
@@ -130,8 +131,8 @@ def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | No
     return found[-1]
 
 
-def check_checkpoint(path: Path, module: LightningModule) -> None:
-    """That a file is a checkpoint of this very model; reads tensors, numbers and strings only.
+def check_checkpoint(path: Path, module: LightningModule, adaptive: bool) -> None:
+    """That a file is a checkpoint of this very model and way of training; reads tensors, numbers and strings only.
 
     Raises:
         ValueError: it is not, with the reason.
@@ -144,6 +145,12 @@ def check_checkpoint(path: Path, module: LightningModule) -> None:
         raise ValueError(f"{path} is not a whole checkpoint ({reason}); give another --ckpt_path") from error
     if not isinstance(checkpoint, Mapping) or not {"state_dict", "loops", "callbacks"} <= set(checkpoint):
         raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
+    was_adaptive = bool(checkpoint["callbacks"].get(AdaptiveSparsity.__qualname__))
+    if was_adaptive != adaptive:
+        was, now = ("adaptive" if x else "dense" for x in (was_adaptive, adaptive))
+        raise ValueError(
+            f"{path} was trained with model.attention={was}, this run has {now}; go on with --model.attention {was}"
+        )
     ours, theirs = module.state_dict(), checkpoint["state_dict"]
     odd = sorted(set(ours) ^ set(theirs))
     if odd:
@@ -174,28 +181,31 @@ def write_text(path: Path, text: str) -> None:
 # Results
 
 
-def attentions(module: LightningModule) -> list[AdaptiveAttention]:
-    """The model's attention modules, in order."""
-    return [m for m in module.modules() if isinstance(m, AdaptiveAttention)]
+def phase_of(module: LightningModule) -> str:
+    """``dense``, ``sparse``, or how many of the model's attention layers are sparse."""
+    sparse = [m.is_sparse for m in module.modules() if isinstance(m, AdaptiveAttention)]
+    return "sparse" if all(sparse) else f"{sum(sparse)} of {len(sparse)} layers sparse" if any(sparse) else "dense"
 
 
 def save_layouts(folder: Path, layouts: Mapping[str, BlockLayout], sparsity: AdaptiveSparsity | None) -> None:
     """Layouts as safetensors and as a picture, statistics as a picture."""
     if sparsity is None:
         return
-    if layouts:
+    kept = {index: layouts[name] for index, name in enumerate(sparsity.attentions) if name in layouts}
+    if kept:
         (folder / "layouts").mkdir(exist_ok=True)
-        for index, layout in enumerate(layouts.values()):
+        saved = {}
+        for index, layout in kept.items():
             # A shared layout is expanded to all heads in the module; one head says the same.
             shared = bool((layout.mask == layout.mask[:1]).all())
-            BlockLayout(layout.mask[:1] if shared else layout.mask, layout.block_size).save(
-                folder / "layouts" / f"layer{index}.safetensors"
-            )
-        saved = {
-            f"layer {i}": BlockLayout.load(folder / "layouts" / f"layer{i}.safetensors") for i in range(len(layouts))
-        }
+            saved[index] = BlockLayout(layout.mask[:1] if shared else layout.mask, layout.block_size)
+            saved[index].save(folder / "layouts" / f"layer{index}.safetensors")
         held = {t.layer: t.captured_mass for t in sparsity.transitions}
-        plot_layouts(saved, folder / "layouts.png", captured=[held.get(i, math.nan) for i in range(len(saved))])
+        plot_layouts(
+            {f"layer {index}": layout for index, layout in saved.items()},
+            folder / "layouts.png",
+            captured=[held.get(index, math.nan) for index in saved],
+        )
     if sparsity.history and sparsity.controller is not None:
         layers = range(len(sparsity.attentions))
         steps = sparsity.controller.transition_steps
@@ -226,6 +236,7 @@ def summarize(
         "versions": {package: metadata.version(package) for package in ("torch", "lightning")}
         | {"python": platform.python_version()},
         "validation_accuracy": {key: round(value, 4) for key, value in monitor.validation_accuracy.items()},
+        "validated_at": monitor.validated_at,
         "median_step_ms": {key: round(value, 2) for key, value in (("dense", dense), ("sparse", sparse)) if value},
         "peak_memory_mib": {key: round(value) for key, value in monitor.peak_memory.items()},
     }
@@ -260,7 +271,7 @@ def _json_safe(value: Any) -> Any:
         return {key: _json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_safe(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
@@ -271,9 +282,10 @@ def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) ->
     if "before" in validation:
         table.add_row("validation accuracy before the switch", f"{validation['before']:.3f}")
         table.add_row("validation accuracy right after it", f"{validation['after']:.3f}")
-    if "final" in validation:
-        table.add_row("validation accuracy at the end", f"{validation['final']:.3f}")
-    table.add_row("test accuracy, final model", f"{test['final']:.3f}")
+    if "latest" in validation:
+        table.add_row(f"validation accuracy at step {summary['validated_at']}", f"{validation['latest']:.3f}")
+    if "final" in test:
+        table.add_row("test accuracy, final model", f"{test['final']:.3f}")
     if "best" in test:
         best = summary["best_checkpoint"]
         table.add_row(f"test accuracy, best model (step {best['step']}, {best['phase']})", f"{test['best']:.3f}")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -26,8 +26,11 @@ from sat.models import SequenceClassifier
 from sat.module import ClassificationModule
 from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast
 
+logger = logging.getLogger(__name__)
+
 DESCRIPTION = """Train a Transformer densely until its attention has settled, then sparsely.
 
+The options under --data are those of the data set that --config or --data.name chooses.
 Example: python -m sat.train --config cifar10.yaml --sparsity.density 0.1 --data.path DIR --trainer.max_steps 500
 """
 # Options of Lightning's Trainer that are ours to set, or that would name classes and so load code.
@@ -50,10 +53,19 @@ TRAINER_SKIP = {
 }
 
 
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the description as it is."""
+
+
 def build_parser(data_name: str) -> ArgumentParser:
     """The command line for one data set; its sections are those of a config file."""
-    parser = ArgumentParser(prog="python -m sat.train", description=DESCRIPTION, exit_on_error=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(
+        prog="python -m sat.train",
+        description=DESCRIPTION,
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file, or the name of one in configs/")
     parser.add_argument("--name", type=str, default="run", help="the run's name, by default that of its config")
     parser.add_argument("--output_dir", type=str, default="runs", help="folder that gets a folder for each run")
@@ -67,7 +79,7 @@ def build_parser(data_name: str) -> ArgumentParser:
     parser.add_class_arguments(AdaptiveSparsity, "sparsity", skip={"seed"})
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP)
     parser.add_argument("--trainer.accelerator", type=str, default="auto", help="auto, cpu, gpu or mps")
-    parser.add_argument("--trainer.strategy", type=str, default="auto", help="auto, ddp or fsdp")
+    parser.add_argument("--trainer.strategy", type=str, default="auto", help="Lightning's name of a strategy")
     return parser
 
 
@@ -124,18 +136,24 @@ class Run:
         )
         self.module = ClassificationModule(model, self.data.num_classes, **args.optimizer.as_dict())
         if args.compile:
+            # Each combination of dense, observed and sparse layers is a graph of its own, in training and evaluation.
+            graphs = 4 * (args.model.num_layers + 2)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
             model.compile(fullgraph=True)
         self.sparsity = None
         if args.model.attention == "adaptive":
             self.sparsity = AdaptiveSparsity(**args.sparsity.as_dict(), seed=args.seed)
         checkpoint = runs.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
         if checkpoint is not None:
-            runs.check_checkpoint(checkpoint, self.module)
+            runs.check_checkpoint(checkpoint, self.module, adaptive=self.sparsity is not None)
         self.checkpoint = checkpoint
         self.folder = runs.run_folder(Path(args.output_dir), args.name, checkpoint)
         self.last = self.folder / "checkpoints" / "last.ckpt"
+        args.ckpt_path = None  # so that the saved config starts the run anew
         self.config = parser.dump(args, skip_unset=False)
         self.monitor = Monitor(self.sparsity, console)
+        self.save_last = SaveLast(self.last)
+        _check_trainer_options(args.trainer)
         self.best = ModelCheckpoint(
             self.folder / "checkpoints",
             filename="best",
@@ -161,17 +179,19 @@ class Run:
         """In the order in which they act at the end of a step."""
         progress = (BarProgress if self.console.is_terminal else LineProgress)(self.monitor, self.console)
         sparsity = [self.sparsity] if self.sparsity else []
-        return [SaveLast(self.last), *sparsity, self.monitor, progress, ExactResume(), self.best]
+        return [self.save_last, *sparsity, self.monitor, progress, ExactResume(), self.best]
 
     def prepare(self) -> None:
         """Make the run's folder and read the data; a new folder does not outlive a failure."""
         new = not self.folder.exists()
         try:
             runs.make_folder(self.folder)
-            runs.write_text(self.folder / "config.yaml", self.config)
+            runs.write_text(self.folder / ("config.yaml" if new else "config_resumed.yaml"), self.config)
             self.data.prepare_data()
             self.data.setup("fit")
-            self.data.train_dataloader()  # refuses a batch that is larger than the training set
+            # Refuses a batch that is larger than the training set, and empty splits.
+            for loader in (self.data.train_dataloader, self.data.val_dataloader, self.data.test_dataloader):
+                loader()
         except BaseException:
             if new:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -188,27 +208,28 @@ class Run:
         """To the end; leaves ``last.ckpt`` as it is then."""
         ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path, weights_only=True)
-        self.trainer.save_checkpoint(self.last)
+        self.save_last.save(self.trainer, self.module)
 
     def report(self) -> dict[str, Any]:
         """Test the final and the best model, write and print the summary."""
         summary = runs.summarize(self.name, self.trainer, self.module, self.monitor, self.sparsity)
         layouts = self.sparsity.layouts if self.sparsity else {}
         runs.save_layouts(self.folder, layouts, self.sparsity)
-        summary["test_accuracy"] = {"final": self._test()}
+        summary["test_accuracy"] = self._test("final")
         if Path(self.best.best_model_path).is_file():
             best = torch.load(self.best.best_model_path, map_location="cpu", weights_only=True)
             self.module.load_state_dict(best["state_dict"])
-            phase = "sparse" if all(a.is_sparse for a in runs.attentions(self.module)) else "dense"
-            summary["test_accuracy"]["best"] = self._test()
-            summary["best_checkpoint"] = {"step": best["global_step"], "phase": phase}
+            summary["test_accuracy"] |= self._test("best")
+            summary["best_checkpoint"] = {"step": best["global_step"], "phase": runs.phase_of(self.module)}
         runs.write_summary(self.folder / "summary.json", summary)
         runs.print_summary(self.console, self.folder, summary)
         return summary
 
-    def _test(self) -> float:
+    def _test(self, name: str) -> dict[str, float]:
+        if self.trainer.limit_test_batches == 0:
+            return {}
         (metrics,) = self.trainer.test(self.module, datamodule=self.data, verbose=False)
-        return round(metrics["test/acc"], 4)
+        return {name: round(metrics["test/acc"], 4)}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -219,21 +240,40 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         run = Run(*parse(argv), console)
         run.prepare()
-    except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+    except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
         _fail(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
         _fail("interrupted before the first step; nothing was begun", 130)
     try:
         run.train()
     except RunInterrupted as stop:
-        _fail(f"{stop}; go on with --ckpt_path {run.last} (or --ckpt_path last)", 130)
+        where = f"; go on with --ckpt_path {run.last} (or --ckpt_path last)" if run.last.is_file() else ""
+        _fail(f"{stop}{where}", 130)
     except FloatingPointError as error:
         kept = f"; the last good checkpoint is {run.last}" if run.last.is_file() else ""
         _fail(f"{error}{kept}", 1)
+    except (ValueError, MisconfigurationException) as error:
+        if run.monitor.trained:  # not a matter of settings, then
+            raise
+        logger.debug("refused before the first step", exc_info=True)
+        _fail(" ".join(str(error).split()), 2)
     try:
         return run.report()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
         _fail(f"interrupted while testing; the trained model is {run.last}", 130)
+
+
+def _check_trainer_options(options: Namespace) -> None:
+    """What Lightning would stumble over in the middle of a run."""
+    if options.max_steps == 0 or options.max_steps < -1:
+        raise ValueError(f"trainer.max_steps must be at least 1 (or -1: as max_epochs says), got {options.max_steps}")
+    if options.max_steps == -1 and options.max_epochs in (None, -1, 0):
+        raise ValueError("the learning rate's cycle needs the number of steps; set trainer.max_steps or max_epochs")
+    if options.accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {options.accumulate_grad_batches}")
+    interval = options.val_check_interval
+    if isinstance(interval, int | float) and interval <= 0:
+        raise ValueError(f"trainer.val_check_interval must be above 0, got {interval}")
 
 
 def _fail(sentence: str, status: int) -> NoReturn:

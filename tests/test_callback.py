@@ -174,6 +174,73 @@ def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+def test_a_second_fit_with_another_model_begins_anew(tmp_path):
+    sparsity = always()
+    fit(tmp_path, sparsity)
+    again = fit(tmp_path, sparsity)
+    assert [t.step for t in sparsity.transitions] == [6, 6]
+    assert again.first.is_sparse
+    assert again.rates[0] == pytest.approx(0.1)
+
+
+def test_two_optimizers_are_one_step(tmp_path):
+    class Manual(SomebodysModel):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(p.parameters(), lr=0.1) for p in self.projections]
+
+    sparsity = always()
+    fit(tmp_path, sparsity, Manual(), max_steps=24)
+    assert [record["step"] for record in sparsity.history] == [2, 4, 6]
+
+
+def test_a_batch_that_skips_a_layer_is_not_observed(tmp_path):
+    class Skipping(SomebodysModel):
+        def forward(self, x):
+            if self.training and self.trainer.global_step == 3:
+                return x + 0 * sum(p.sum() for p in self.parameters())
+            return super().forward(x)
+
+    sparsity = always()
+    fit(tmp_path, sparsity, Skipping())
+    assert [record["step"] for record in sparsity.history] == [2, 6, 8]
+
+
+def test_a_failed_step_restores_the_learning_rate(tmp_path):
+    class Failing(SomebodysModel):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 8:
+                raise RuntimeError("out of luck")
+            return super().training_step(batch, batch_idx)
+
+    module = Failing()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(tmp_path, always(), module)
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_sparse_weights_without_the_callbacks_state_are_refused(tmp_path):
+    module = SomebodysModel()
+    sparse = fit(tmp_path, always())
+    module.load_state_dict(sparse.state_dict())
+    with pytest.raises(ValueError, match="first is sparse, but the state of AdaptiveSparsity says otherwise"):
+        fit(tmp_path, always(), module)
+
+
+def test_several_blocks_a_row(tmp_path):
+    sparsity = always(min_blocks_per_row=2)
+    module = fit(tmp_path, sparsity)
+    assert module.first.layout.mask.sum(2).min() >= 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

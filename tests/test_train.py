@@ -63,7 +63,8 @@ def test_a_whole_run_leaves_everything_in_its_folder(tiny, capsys):
     assert summary["steps"] == 20
     assert [t["step"] for t in summary["transitions"]] == [SWITCH, SWITCH]
     assert not any(t["forced"] for t in summary["transitions"])
-    assert set(summary["validation_accuracy"]) == {"before", "after", "final"}
+    assert set(summary["validation_accuracy"]) == {"before", "after", "latest"}
+    assert summary["validated_at"] == 14
     assert set(summary["test_accuracy"]) == {"final", "best"}
     assert set(summary["median_step_ms"]) == {"dense", "sparse"}
     assert summary["peak_memory_mib"]["process"] > 100
@@ -170,6 +171,75 @@ def test_resuming_keeps_the_metrics_of_the_first_part(tiny, monkeypatch, capsys)
     assert (run_folder() / "csv/version_1/metrics.csv").is_file()
 
 
+def test_weights_that_became_nan_are_not_saved(tiny, monkeypatch, capsys):
+    original = SaveLast.on_train_batch_start
+
+    def poison(self, trainer, pl_module, *args):
+        if trainer.global_step == 6:  # a save is due, and no loss has shown it yet
+            pl_module.model.head[0].weight.data[0, 0] = torch.nan
+        original(self, trainer, pl_module, *args)
+
+    monkeypatch.setattr(SaveLast, "on_train_batch_start", poison)
+    monkeypatch.setattr(SaveLast.__init__, "__defaults__", (3,))
+    message = refused(capsys, "--config", tiny, status=1)
+    assert "model.head.0.weight has become NaN or infinite by step 6" in message
+    last = torch.load(run_folder() / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+    assert str(run_folder() / "checkpoints" / "last.ckpt") in message
+
+
+def test_layers_that_switched_keep_their_numbers(tiny):
+    run("--config", tiny, "--trainer.max_steps", 12)
+    sparsity_of = torch.load(run_folder() / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    assert len(sparsity_of["AdaptiveSparsity"]["transitions"]) == 2
+    sparsity = train.AdaptiveSparsity(density=0.3)
+    sparsity.attentions = dict.fromkeys(["first", "second"])
+    layout = BlockLayout(torch.eye(4, dtype=torch.bool), 8)
+    runs.save_layouts(Path(), {"second": layout}, sparsity)
+    assert [p.name for p in Path("layouts").iterdir()] == ["layer1.safetensors"]
+
+
+@pytest.mark.parametrize("attention", ["adaptive", "dense"])
+def test_a_run_goes_on_only_as_it_began(tiny, monkeypatch, capsys, attention):
+    other = "dense" if attention == "adaptive" else "adaptive"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 12)
+        refused(capsys, "--config", tiny, "--model.attention", attention, status=130)
+    files = {p: p.read_bytes() for p in run_folder().rglob("*") if p.is_file()}
+    resume = ["--config", tiny, "--ckpt_path", "last", "--model.attention"]
+    assert f"was trained with model.attention={attention}" in refused(capsys, *resume, other)
+    longer = refused(capsys, *resume, attention, "--trainer.max_steps", 30)
+    assert "learning-rate cycle has 20 steps, this run 30" in longer
+    if attention == "adaptive":
+        assert "per_head" in refused(capsys, *resume, attention, "--sparsity.per_head", "true")
+    assert all(p.read_bytes() == content for p, content in files.items())
+
+
+def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tiny, monkeypatch, capsys):
+    interrupt_at(monkeypatch, 0)
+    message = refused(capsys, "--config", tiny, status=130)
+    assert "--ckpt_path" not in message
+
+
+def test_names(tiny):
+    tiny.write_text("name: mine\n" + TINY)
+    args, _ = train.parse(["--config", str(tiny)])
+    assert args.name == "mine"
+    args, _ = train.parse(["--config", str(tiny), "--name", "yours"])
+    assert args.name == "yours"
+    args, _ = train.parse(["--config", "yelp", "--name", "yelp", "--data.name", "yelp"])
+    assert (args.name, args.data.name) == ("yelp", "yelp")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiled(tiny, dropout, monkeypatch):
+    # The graphs are what is ours; turning them into machine code would take a minute and a C++ compiler.
+    compile_model = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_model(self, backend="aot_eager", **kw))
+    summary = run("--config", tiny, "--compile", "true", "--model.dropout", dropout, "--sparsity.per_layer", "true")
+    assert len(summary["transitions"]) == 2
+
+
 def test_ctrl_c_saves_and_leaves(tiny):
     command = [sys.executable, "-m", "sat.train", "--config", str(tiny), "--trainer.max_steps", "100000"]
     root = Path(train.__file__).parents[1]
@@ -261,6 +331,7 @@ class TestConfigs:
         printed = capsys.readouterr().out
         for option in ("--sparsity.density", "--data.path", "--model.attention", "--trainer.max_steps", "--ckpt_path"):
             assert option in printed
+        assert "default: 0.1" in printed
 
 
 class TestBadInput:
@@ -272,6 +343,15 @@ class TestBadInput:
             (["--trainer.max_steps", 5], "no data set chosen"),
             (["--data.name", "mnist"], "unknown data set 'mnist' in data.name; there are digits, cifar10"),
             (["--config", "tiny.yaml", "--sparsity.densty", 0.1], "densty"),
+            (["--conf", "tiny.yaml", "--data.name", "digits"], "conf"),
+            (["--data.name", "--output_dir", "x"], "--data.name needs a value"),
+            (["--config", "tiny.yaml", "--trainer.max_steps", 0], "trainer.max_steps must be at least 1"),
+            (["--config", "tiny.yaml", "--trainer.max_steps", -1], "set trainer.max_steps or max_epochs"),
+            (["--config", "tiny.yaml", "--trainer.accumulate_grad_batches", 0], "accumulate_grad_batches must be at"),
+            (["--config", "tiny.yaml", "--trainer.val_check_interval", 0], "val_check_interval must be above 0"),
+            (["--config", "tiny.yaml", "--optimizer.betas", "[1.5,2]"], "betas must be at least 0 and below 1"),
+            (["--config", "tiny.yaml", "--optimizer.eps", -1], "weight_decay and eps must be at least 0"),
+            (["--config", "tiny.yaml", "--trainer.precision", "transformer-engine"], "transformer"),
             (["--config", "tiny.yaml", "--trainer.max_steps", "many"], "max_steps"),
             (["--config", "tiny.yaml", "--model.attention", "sparse"], "attention"),
             (["--config", "tiny.yaml", "--sparsity.density", 1.5], "density"),

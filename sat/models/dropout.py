@@ -11,12 +11,13 @@ class Dropout(nn.Dropout):
 
     PyTorch draws one 32-bit number for each element on one thread, which took a third of a sparse training step of
     the paper's CIFAR-10 model on two cores. Here one 64-bit draw serves four elements, so the probability is exact to
-    ``2 ** -16``. The stream is that of the default CPU generator. On other devices this is ``nn.Dropout``.
+    ``2 ** -16``. The stream is that of the default CPU generator. On other devices, and in compiled code, this is
+    ``nn.Dropout``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if not self.training or self.p == 0 or x.device.type != "cpu":
+        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         numel = x.numel()
         # The whole range of int64: all four 16-bit lanes are uniform.

@@ -118,6 +118,12 @@ class TestDropout:
         out.sum().backward()
         torch.testing.assert_close(x.grad, out.detach())
 
+    def test_compiles(self):
+        x = torch.ones(1000)
+        out = torch.compile(Dropout(0.5), fullgraph=True, backend="aot_eager")(x)
+        assert 300 < (out == 0).sum() < 700
+        assert set(out.tolist()) == {0.0, 2.0}
+
     def test_does_nothing_in_evaluation(self):
         x = torch.randn(5, 5)
         assert Dropout(0.3).eval()(x) is x
