@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import shutil
 import sys
@@ -195,6 +196,8 @@ class Run:
         except BaseException:
             if new:
                 shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # there are other runs of this name
+                    self.folder.parent.rmdir()
             raise
         parameters = sum(p.numel() for p in self.module.parameters())
         self.console.print(

@@ -50,6 +50,7 @@ class SequenceDataModule(pl.LightningDataModule):
     has_padding: bool
     class_names: list[str]
     dataset_name: str
+    path: str | None = None  # where the samples come from, if they are files
 
     def __init__(
         self,
@@ -91,7 +92,13 @@ class SequenceDataModule(pl.LightningDataModule):
         self._prepared = self.load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Decide which samples belong to which split; the same in every process and for every stage."""
+        """Decide which samples belong to which split; the same in every process and for every stage.
+
+        Every loader can be made from then on.
+
+        Raises:
+            ValueError: a split has no samples, or there are too few to hold some out.
+        """
         if self._rows:
             return
         prepared = self._prepared or self.load()
@@ -119,7 +126,7 @@ class SequenceDataModule(pl.LightningDataModule):
         if len(batches) == 0:
             across = f" in each of {world_size} processes" if world_size > 1 else ""
             raise ValueError(
-                f"{self.dataset_name} has {len(rows)} training samples, fewer than one batch of {self.batch_size}"
+                f"{self.dataset_name}: {len(rows)} training sample(s), fewer than one batch of {self.batch_size}"
                 f"{across}; lower --data.batch_size or raise --data.train_samples"
             )
         return TrainLoader(
@@ -139,15 +146,15 @@ class SequenceDataModule(pl.LightningDataModule):
         world_size, rank = self._world()
         if len(rows) < world_size:
             raise ValueError(
-                f"the {split} set of {self.dataset_name} has {len(rows)} samples for {world_size} processes; use fewer "
-                f"processes or raise --data.eval_samples"
+                f"{self.dataset_name}: {len(rows)} {split} sample(s) for {world_size} processes; use fewer processes "
+                f"or raise --data.eval_samples"
             )
         batches = EvalBatches(len(rows), self.eval_batch_size, seed=0, world_size=world_size, rank=rank, shuffle=False)
         return eval_loader(self.dataset(tensors, rows), batches, self.num_workers)
 
     def _rows_of(self, split: str) -> tuple[dict[str, Tensor], Tensor]:
         if not self._rows:
-            raise RuntimeError(f"{self.dataset_name} has not been set up; call setup() before asking for a loader")
+            raise RuntimeError(f"{self.dataset_name}: call setup() before asking for a loader")
         return self._rows[split]
 
     def _world(self) -> tuple[int, int]:
@@ -160,20 +167,20 @@ class SequenceDataModule(pl.LightningDataModule):
         return trainer.fit_loop.epoch_loop.batch_progress.total.completed, int(trainer.num_training_batches)
 
     def _split(self, splits: dict[str, dict[str, Tensor]]) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
+        for name, part in splits.items():
+            check_rows(self.dataset_name, name, self.path or "its source", len(part["labels"]))
         train = splits["train"]
         rows = torch.arange(len(train["labels"]))
         result = {name: (part, torch.arange(len(part["labels"]))) for name, part in splits.items() if name != "train"}
         if "test" not in result and "validation" in result:
             result["test"] = result.pop("validation")
-            logger.info("%s has no test set: its validation set is the test set", self.dataset_name)
+            logger.info("%s: no test set, so the validation set is the test set", self.dataset_name)
         for name in ("test", "validation"):
             if name not in result:
                 rows, held_out = self._hold_out(train["labels"], rows)
                 result[name] = (train, held_out)
                 if name == "test":
-                    logger.info(
-                        "%s has no test set: %d training samples are held out", self.dataset_name, len(held_out)
-                    )
+                    logger.info("%s: no test set, held out of training for it: %d", self.dataset_name, len(held_out))
         result["train"] = (train, rows)
         for name, (part, chosen) in result.items():
             wanted = self.train_samples if name == "train" else self.eval_samples
@@ -186,8 +193,8 @@ class SequenceDataModule(pl.LightningDataModule):
         """Rows without, and rows of, a class-stratified part; both ascending."""
         if len(rows) < 2:
             raise ValueError(
-                f"{self.dataset_name} has {len(rows)} training samples, at least 2 are needed to hold one out; "
-                f"point --data.path at a larger copy"
+                f"{self.dataset_name}: {len(rows)} training sample(s) to hold one out of, at least 2 are needed; point "
+                f"--data.path at a larger copy"
             )
         size = min(max(round(len(rows) * HELD_OUT_FRACTION), 1), HELD_OUT_AT_MOST)
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
@@ -203,3 +210,10 @@ def check_at_least(name: str, value: int | None, least: int) -> None:
     """Raise a ValueError unless ``value`` is None or an integer of at least ``least``."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}; correct --data.{name}")
+
+
+def check_rows(dataset: str, split: str, source: str, rows: int) -> None:
+    """Raise a ValueError if a split has no rows."""
+    if rows == 0:
+        otherwise = "" if split == "train" else ", or remove it, and other samples take its place"
+        raise ValueError(f"{dataset}: the {split} split in {source} has 0 rows; replace it by a whole copy{otherwise}")

@@ -28,7 +28,7 @@ class Digits(SequenceDataModule):
         eval_samples: validate and test on so many samples only, chosen at random; all when not given.
     """
 
-    dataset_name = "the digits"
+    dataset_name = "Digits"
     vocab_size = 17
     num_classes = 10
     has_padding = False

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from sat.data import sources
-from sat.data.base import SequenceDataModule
+from sat.data.base import SequenceDataModule, check_rows
 from sat.data.cache import Prepared, cached, default_cache_dir
 
 # Below this many rows preparing takes about a second, and a bar would only flash up.
@@ -76,7 +76,8 @@ class FileDataModule(SequenceDataModule):
         Raises:
             FileNotFoundError: the path, or a training file in it, does not exist.
             ConnectionError: the hub cannot be reached.
-            ValueError: a file cannot be read, or its columns, labels or content are not what they should be.
+            ValueError: a file cannot be read, a split has no rows, or columns, labels or content are not what they
+                should be.
             PermissionError: the cache cannot be written.
         """
         if self.path is None:
@@ -98,6 +99,8 @@ class FileDataModule(SequenceDataModule):
     def _encode_tables(self, tables: dict[str, sources.Table]) -> Prepared:
         if "train" not in tables:
             raise ValueError(f"{self.dataset_name} has no split named train; pass --data.path with one that has")
+        for split, table in tables.items():
+            check_rows(self.dataset_name, split, table.name, table.num_rows)
         columns = {
             split: (sources.checked_column(table, self.content_columns), sources.checked_column(table, ["label"]))
             for split, table in tables.items()

@@ -28,13 +28,15 @@ class INaturalist(ImageDataModule):
       ``validation/...``) and ``test/...``;
     - parquet files with an ``image`` and a ``label`` column.
 
+    ``num_classes`` must be given when the folder has another number of classes than 14.
+
     As is usual with this data set, whose test labels were never published, the official validation set (24,426
     pictures) is the test set, and a part of the official training set (437,513) is held out for validation.
 
     Args:
         path: local folder in one of these forms, or a single parquet file.
         hub_id: a data set on the hub with ``image`` and ``label`` columns, used when there is no path.
-        num_classes: classes in the source; 14 super-categories in the original.
+        num_classes: classes in the source; must be given when there are not 14, the original's super-categories.
         cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         image_size: edge of the pictures in pixels; others are resized, bilinearly.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
@@ -91,7 +93,8 @@ class INaturalist(ImageDataModule):
 
         Raises:
             FileNotFoundError: the path, or training pictures in it, do not exist.
-            ValueError: the number of classes is not ``num_classes``, or a picture cannot be decoded.
+            ValueError: the number of classes is not ``num_classes``, a split is empty, ``val2018.json`` is not what it
+                should be, or a picture cannot be decoded.
         """
         if self.path is None:
             return super().load()
@@ -116,6 +119,7 @@ def find_pictures(root: Path) -> dict[str, list[tuple[str, Path]]]:
 
     Raises:
         FileNotFoundError: there are no training pictures.
+        ValueError: ``val2018.json`` is damaged, or is about other pictures.
     """
     folders = {"train": root}
     if (root / "train_val2018").is_dir():
@@ -123,23 +127,45 @@ def find_pictures(root: Path) -> dict[str, list[tuple[str, Path]]]:
     elif any(split_of_folder(folder) for folder in root.iterdir()):
         folders = {split: folder for folder in sorted(root.iterdir()) if (split := split_of_folder(folder))}
     found = {split: _pictures(folder) for split, folder in folders.items()}
-    if (root / "val2018.json").is_file():
-        with (root / "val2018.json").open(encoding="utf-8") as file:
-            official = {root / image["file_name"] for image in json.load(file)["images"]}
+    listing = root / "val2018.json"
+    if found.get("train") and listing.is_file():
+        official = _official_validation(listing)
         found["validation"] = [item for item in found["train"] if item[1] in official]
         found["train"] = [item for item in found["train"] if item[1] not in official]
+        if not found["validation"]:
+            raise ValueError(
+                f"{listing} names {len(official)} validation picture(s), none of which is in {folders['train']}; "
+                f"unpack the whole archive in {root}, or remove {listing.name}, and other pictures are held out"
+            )
     if not found.get("train"):
         raise FileNotFoundError(
             f"looked for <class>/*.jpg, train/<class>/*.jpg, train_val2018/<class>/*/*.jpg and train*.parquet in "
             f"{root} and found no training picture; point --data.path at a folder of one of these forms"
         )
-    return {split: items for split, items in found.items() if items}
+    return found
 
 
 def split_of_folder(folder: Path) -> str | None:
     """The split that a folder named train, val, validation or test holds."""
     names = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
     return names.get(folder.name.lower()) if folder.is_dir() else None
+
+
+def _official_validation(listing: Path) -> set[Path]:
+    """The pictures that ``val2018.json`` names.
+
+    Raises:
+        ValueError: it is cut short, or of another form.
+    """
+    try:
+        images = json.loads(listing.read_text(encoding="utf-8"))["images"]
+        return {listing.parent / image["file_name"] for image in images}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{listing} is cut short or of another form ({type(error).__name__}: {error}), expected "
+            f'{{"images": [{{"file_name": "train_val2018/..."}}, ...]}}; unpack it again from the '
+            f"competition's val2018.json.tar.gz, or remove it, and other pictures are held out"
+        ) from error
 
 
 def _pictures(folder: Path) -> list[tuple[str, Path]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,15 +155,68 @@ def test_rows_from_the_hub_are_those_of_the_same_files(
     assert all(a[key].equal(b[key]) for a, b in pairs for key in a)
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_split_without_rows(text_folder: Callable[..., Path], split: str):
+    folder = text_folder(train=PAIRS, validation=PAIRS, test=PAIRS)
+    file = folder / f"{split}.parquet"
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    data = YelpPolarity(path=str(folder), cache_dir=str(folder / "cache"))
+    message = rf"^Yelp polarity: the {split} split in {re.escape(str(file))} has 0 rows; replace it by a whole copy"
+    for step in (data.prepare_data, data.setup):
+        with pytest.raises(ValueError, match=message) as caught:
+            step()
+        assert ("or remove it" in str(caught.value)) == (split != "train")
+    assert list((folder / "cache").iterdir()) == []
+    file.unlink()
+    if split != "train":
+        YelpPolarity(path=str(folder), cache_dir=str(folder / "cache")).setup()
+
+
+def test_a_split_without_rows_in_the_cache(text_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    """Caches of earlier versions may hold one, and so may what a subclass loads."""
+    folder = text_folder(train=PAIRS, test=PAIRS)
+    data = YelpPolarity(path=str(folder), cache_dir=str(folder / "cache"))
+    prepared = data.load()
+    prepared.splits["test"] = {name: tensor[:0] for name, tensor in prepared.splits["test"].items()}
+    monkeypatch.setattr(data, "load", lambda: prepared)
+    with pytest.raises(ValueError, match=f"the test split in {re.escape(str(folder))} has 0 rows; .*or remove it"):
+        data.setup()
+
+
+def test_every_loader_can_be_made_right_after_setup(text_folder: Callable[..., Path]):
+    folder = text_folder(train=PAIRS)
+    data = YelpPolarity(path=str(folder), cache_dir=str(folder / "cache"), batch_size=4)
+    data.prepare_data()
+    data.setup("fit")
+    loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+    assert [sum(len(batch["labels"]) for batch in loader) for loader in loaders] == [16, 2, 2]
+
+
 def test_a_training_set_smaller_than_a_batch():
     digits = Digits(batch_size=64, train_samples=63)
     digits.setup()
-    with pytest.raises(ValueError, match=r"63 training samples, fewer than one batch of 64; lower --data\.batch_size"):
+    message = r"^Digits: 63 training sample\(s\), fewer than one batch of 64; lower --data\.batch_size"
+    with pytest.raises(ValueError, match=message):
         digits.train_dataloader()
 
 
+def test_a_training_set_too_small_to_hold_samples_out(text_folder: Callable[..., Path]):
+    folder = text_folder(train=PAIRS[:1], test=PAIRS)
+    message = r"^Yelp polarity: 1 training sample\(s\) to hold one out of, at least 2 are needed"
+    with pytest.raises(ValueError, match=message):
+        YelpPolarity(path=str(folder), cache_dir=str(folder / "cache")).setup()
+
+
+def test_fewer_samples_than_processes():
+    digits = Digits(eval_samples=1)
+    digits.setup()
+    digits.trainer = SimpleNamespace(world_size=2, global_rank=0)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^Digits: 1 validation sample\(s\) for 2 processes; use fewer processes"):
+        digits.val_dataloader()
+
+
 def test_a_loader_before_setup():
-    with pytest.raises(RuntimeError, match=r"call setup\(\)"):
+    with pytest.raises(RuntimeError, match=r"^Digits: call setup\(\)"):
         Digits().train_dataloader()
 
 
@@ -177,5 +231,6 @@ def test_every_argument_is_explained_on_the_command_line(name: str):
     assert ({"path", "cache_dir"} <= options) == (name != "digits")
     assert ({"seq_len"} <= options) == (name in ("ag_news", "yelp"))
     assert ({"image_size"} <= options) == (name not in ("ag_news", "yelp"))
+    assert ("must be given when there are not 14" in text) == (name == "inaturalist")
     for option in options:
         assert re.search(rf"--data\.{option} {option.upper()} \w", text), f"{option} has no explanation"

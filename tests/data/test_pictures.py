@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,47 @@ def test_the_unpacked_archive_of_the_competition(tmp_path: Path):
     splits = splits_of(inaturalist(tmp_path / "root", tmp_path))
     assert splits["test"] == {(0, 0), (8, 1)}
     assert splits["train"] | splits["val"] == {(i, i // 6) for i in range(12)} - splits["test"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"imgs": []}',
+        "[]",
+        "7",
+        '{"images": null}',
+        '{"images": ["train_val2018/Aves/7/0.jpg"]}',
+        '{"images": [{"id": 3}]}',
+        '{"images": [{"file_name": 3}]}',
+        '{"images": [{"file_name": "train_val',
+        "",
+        "\xff",
+    ],
+)
+def test_a_list_of_validation_pictures_that_is_none(tmp_path: Path, content: str):
+    write_pictures(tmp_path / "root", [f"train_val2018/{n}/7/{i}.jpg" for n in ("Aves", "Fungi") for i in range(3)])
+    file = tmp_path / "root" / "val2018.json"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))} is cut short or .* expected {{.*; unpack it"):
+        inaturalist(tmp_path / "root", tmp_path).prepare_data()
+
+
+@pytest.mark.parametrize("names", [[], ["train_val2018/Aves/7/99.jpg"]])
+def test_a_list_of_validation_pictures_that_are_not_there(tmp_path: Path, names: list[str]):
+    write_pictures(tmp_path / "root", [f"train_val2018/{n}/7/{i}.jpg" for n in ("Aves", "Fungi") for i in range(3)])
+    file = tmp_path / "root" / "val2018.json"
+    file.write_text(json.dumps({"images": [{"file_name": name} for name in names]}))
+    message = f"^{re.escape(str(file))} names {len(names)} validation picture.* none of which is in .*; unpack"
+    with pytest.raises(ValueError, match=message):
+        inaturalist(tmp_path / "root", tmp_path).prepare_data()
+
+
+def test_a_split_folder_without_pictures_is_refused(tmp_path: Path):
+    root = tmp_path / "root"
+    write_pictures(root, [f"{split}/{n}/{i}.png" for split in ("train", "val") for n in "ab" for i in range(5)])
+    (root / "test").mkdir()
+    with pytest.raises(ValueError, match=f"the test split in {re.escape(str(root))} .* has 0 rows; .* or remove it"):
+        inaturalist(root, tmp_path).prepare_data()
 
 
 def test_another_number_of_class_folders_is_refused(tmp_path: Path):
