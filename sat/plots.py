@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import colormaps
@@ -17,6 +16,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from sat.files import written_whole
 from sat.layout import BlockLayout
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def plot_layouts(
     note = f"one cell = a block of {sizes} tokens; dark = kept, light = skipped"
     _head(figure, title or "Attention blocks kept", note)
     if path is not None:
-        _write(figure, path)
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=DPI)
     return figure
 
 
@@ -183,7 +184,8 @@ def plot_statistics(
         "shaded = criterion met; a layer may switch when it is met in both panels",
     )
     if path is not None:
-        _write(figure, path)
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=DPI)
     return figure
 
 
@@ -354,15 +356,3 @@ def _percent(share: float) -> str:
 
 def _thousands(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\u2009")
-
-
-def _write(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Written beside the target and then moved over it, so that a crash never leaves half a picture."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=DPI)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
+from sat.files import written_whole
 from sat.layout import BlockLayout
 from sat.monitor import Monitor
 from sat.plots import plot_layouts, plot_statistics
@@ -167,17 +167,6 @@ def check_checkpoint(path: Path, module: LightningModule, adaptive: bool) -> Non
             )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 # Results
 
 
@@ -263,7 +252,8 @@ def _processor() -> str:
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """The summary as JSON; what is not defined yet is null."""
-    write_text(path, json.dumps(_json_safe(summary), indent=2) + "\n")
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(_json_safe(summary), indent=2) + "\n")
 
 
 def _json_safe(value: Any) -> Any:

@@ -23,6 +23,7 @@ from rich.console import Console
 from sat import runs
 from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, SequenceDataModule
+from sat.files import written_whole
 from sat.models import SequenceClassifier
 from sat.module import ClassificationModule
 from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast
@@ -187,7 +188,8 @@ class Run:
         new = not self.folder.exists()
         try:
             runs.make_folder(self.folder)
-            runs.write_text(self.folder / ("config.yaml" if new else "config_resumed.yaml"), self.config)
+            with written_whole(self.folder / ("config.yaml" if new else "config_resumed.yaml")) as temporary:
+                temporary.write_text(self.config)
             self.data.prepare_data()
             self.data.setup("fit")
             # Refuses a batch that is larger than the training set, and empty splits.

@@ -15,6 +15,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "sat").rglo
 # A room imports itself and the rooms on lower floors. `sat` is sat/__init__.py, the street door: it may lead anywhere,
 # and no room goes out through it to come in again.
 FLOORS = {
+    "files": -1,  # below all rooms
     "layout": 0,
     "ops": 1,
     "patterns": 1,
