@@ -27,4 +27,4 @@ def test_commands_and_links_exist(project_root):
         assert f"\n{target}:" in makefile
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         if not link.startswith("http"):
-            assert (project_root / link).is_file(), link
+            assert (project_root / link).exists(), link
