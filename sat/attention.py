@@ -107,7 +107,7 @@ class AdaptiveAttention(nn.Module):
         Args:
             query: ``[B, H, L, D]``.
             key: ``[B, H, S, D]``.
-            value: ``[B, H, S, D]``.
+            value: ``[B, H, S, D]``. Under autocast all three are cast to its dtype, in either phase.
             key_padding_mask: bool ``[B, S]``, True = a real token.
             query_padding_mask: bool ``[B, L]``, True = a real token; in the sparse phase padded queries give 0.
 
@@ -124,6 +124,11 @@ class AdaptiveAttention(nn.Module):
                 f"this attention was made for {self.num_heads} heads and up to {self.seq_len} tokens, got {heads} "
                 f"heads, {query_length} queries and {key_length} keys"
             )
+        device = query.device.type
+        if torch.is_autocast_enabled(device):
+            # As autocast itself does for PyTorch's attention: both phases and the statistics see one dtype.
+            dtype = torch.get_autocast_dtype(device)
+            query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
         if self.observe_samples:
             self.statistics = self._observe(query, key, key_padding_mask, query_padding_mask)
         dropout = self.dropout if self.training else 0.0

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sat.files import written_whole
+
 if TYPE_CHECKING:
     import scipy.sparse
     from torch.nn.attention.flex_attention import BlockMask
@@ -54,6 +56,9 @@ class BlockLayout:
             )
         self.mask = mask.detach().reshape(-1, *mask.shape[-2:])
         self.block_size = block_size
+        # Counted at once where no device has to be waited for: compiled functions then find a number, not a tensor.
+        at_once = type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        self._nnz = int(mask.sum()) if at_once else None
 
     @property
     def num_heads(self) -> int:
@@ -70,10 +75,16 @@ class BlockLayout:
         """Where the mask lies."""
         return self.mask.device
 
-    @cached_property
+    @property
     def nnz(self) -> int:
-        """Kept blocks, over all of the layout's heads."""
-        return int(self.mask.sum())
+        """Kept blocks, over all of the layout's heads.
+
+        Known from the start for a mask on the CPU, also after :meth:`to`. A mask made on another device is counted on
+        first use, which waits for that device; ask once before the layout enters ``torch.compile``.
+        """
+        if self._nnz is None:
+            self._nnz = int(self.mask.sum())
+        return self._nnz
 
     @property
     def density(self) -> float:
@@ -108,7 +119,9 @@ class BlockLayout:
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
-        return BlockLayout(self.mask.to(device), self.block_size)
+        moved = BlockLayout(self.mask.to(device), self.block_size)
+        moved._nnz = self._nnz
+        return moved
 
     def fits(self, query_length: int, key_length: int) -> bool:
         """Whether this layout covers an attention matrix of ``query_length`` x ``key_length`` tokens exactly."""
@@ -195,16 +208,9 @@ class BlockLayout:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the layout as a safetensors file; an existing file is replaced whole or not at all."""
-        path = Path(path)
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "block_size": json.dumps(self.block_size)}
-        # Written beside the target and then moved over it, so that a crash never leaves half a file.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with written_whole(path) as temporary:
             save_file({"mask": self.mask.cpu().contiguous()}, temporary, metadata=metadata)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockLayout:

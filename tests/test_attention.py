@@ -122,6 +122,27 @@ def test_compiles_into_one_graph_in_both_phases(sparse, observe):
     assert all(x.grad.isfinite().all() for x in inputs)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_under_autocast_mixed_dtypes_are_cast_in_both_phases(sparse, compiled):
+    attention = AdaptiveAttention(2, 40, 16)
+    attention.observe_samples = 2
+    if sparse:
+        attention.set_layout(oracle.random_layout(2, 3, 3, 16))
+    query, key, value = qkv()  # float32, as a norm leaves query and key
+    value = value.detach().bfloat16()
+    expected = attention(query.bfloat16(), key.bfloat16(), value)
+    statistics = attention.statistics
+    attend = torch.compile(attention, fullgraph=True, backend="aot_eager") if compiled else attention
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(query, key, value)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(tuple(attention.statistics), tuple(statistics))
+    out.float().sum().backward()
+    assert query.grad.dtype == torch.float32
+
+
 def test_dropout_acts_in_training_only():
     attention = AdaptiveAttention(2, 40, 16, dropout=0.5)
     inputs = qkv()

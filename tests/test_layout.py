@@ -46,6 +46,17 @@ def test_element_mask_of_a_partial_last_block():
         made.element_mask(7, 6)
 
 
+def test_blocks_are_counted_once_and_inside_compiled_code_not_at_all():
+    made = layout("#.", "##")
+    assert torch.compile(lambda x: x + made.nnz, fullgraph=True, backend="eager")(torch.zeros(())) == 3
+    assert made.to("meta").nnz == 3  # nothing to count there
+
+    def inside(mask):
+        return BlockLayout(mask, 4).mask.float()
+
+    assert torch.compile(inside, fullgraph=True, backend="eager")(made.mask).sum() == 3
+
+
 def test_one_mask_without_heads_is_shared():
     made = layout("##", "..")
     assert made.mask.shape == (1, 2, 2)

@@ -98,11 +98,11 @@ def block_sparse_attention(
     backend_name = _choose_backend(backend)
     scale = head_dim**-0.5 if scale is None else scale
     if not fused:
-        scores = sddmm(query, key, layout, backend=backend)
+        # Scaled first: the products of half precisions may be too large for them.
+        scores = sddmm(query * scale, key, layout, backend=backend)
         weights = sparse_softmax(
             scores,
             layout,
-            scale=scale,
             attn_bias=attn_bias,
             key_padding_mask=key_padding_mask,
             is_causal=is_causal,
@@ -202,15 +202,12 @@ def sparse_softmax(
     """
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
-    if num_heads is None:
-        shared = layout.num_heads == 1 and layout.nnz > 0
-        num_heads = scores.shape[1] // layout.nnz if shared else layout.num_heads
-    checks.check_values("scores", scores, layout, num_heads)
+    num_heads = checks.check_values("scores", scores, layout, num_heads)
     checks.check_choice("pruned", pruned, ("drop", "zero"))
     size, batch = layout.block_size, scores.shape[0]
-    bias_lengths = (1, 1) if attn_bias is None or attn_bias.dim() < 2 else tuple(attn_bias.shape[-2:])
-    if key_length is None and key_padding_mask is not None:
-        key_length = key_padding_mask.shape[-1]
+    bias_lengths = (1, 1, *attn_bias.shape)[-2:] if isinstance(attn_bias, Tensor) else (1, 1)
+    if key_length is None and isinstance(key_padding_mask, Tensor) and key_padding_mask.dim() == 2:
+        key_length = key_padding_mask.shape[1]
     lengths = []
     for given, bias_length, blocks in zip((query_length, key_length), bias_lengths, layout.shape, strict=True):
         lengths.append(given if given is not None else bias_length if bias_length > 1 else blocks * size)
@@ -266,7 +263,8 @@ def spmm(
         value: ``[B, H, S, D]``; with ``transpose`` ``[B, H, L, D]``.
         layout: where the blocks lie.
         transpose: multiply by the transposed matrix.
-        output_length: rows of the result. By default that of ``value`` for a square layout, else whole blocks.
+        output_length: rows of the result. By default those of ``value`` on a layout of as many block rows as columns
+            (for L other than S it must then be given), and whole blocks on any other.
         backend: see the module.
 
     Returns:
@@ -297,6 +295,7 @@ def matmul(
     *,
     trans_a: bool = False,
     trans_b: bool = False,
+    output_length: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Matrix product with one block-sparse operand, in the modes of DeepSpeed's Sparse Attention.
@@ -304,21 +303,27 @@ def matmul(
     ``"sdd"``: sparse = dense x dense, ``"dsd"``: dense = sparse x dense, ``"dds"``: dense = dense x sparse. A sparse
     operand or result is ``[B, nnz, b, b]``; dense ones are ``[B, H, rows, columns]``, and are read transposed under
     ``trans_a`` / ``trans_b``, as is a sparse one. Where a result's last block reaches past the end, it holds 0.
+    ``output_length`` is the length of a dense result along the sparse operand, rows in ``"dsd"`` and columns in
+    ``"dds"``; its default is that of :func:`spmm`.
 
     Raises:
         ValueError, TypeError: an unknown mode, or operands that do not go together.
     """
     checks.check_choice("mode", mode, ("sdd", "dsd", "dds"))
     if mode == "sdd":
+        if output_length is not None:
+            raise ValueError("output_length is for the dense results of 'dsd' and 'dds'; that of 'sdd' is sparse")
         query = a.transpose(-1, -2) if trans_a else a
         key = b if trans_b else b.transpose(-1, -2)
         scores = sddmm(query, key, layout, backend=backend)
         partial = query.shape[2] % layout.block_size or key.shape[2] % layout.block_size
         return scores.masked_fill(scores == -torch.inf, 0) if partial else scores
     if mode == "dsd":
-        return spmm(a, b.transpose(-1, -2) if trans_b else b, layout, transpose=trans_a, backend=backend)
+        dense = b.transpose(-1, -2) if trans_b else b
+        return spmm(a, dense, layout, transpose=trans_a, output_length=output_length, backend=backend)
     dense = a if trans_a else a.transpose(-1, -2)
-    return spmm(b, dense, layout, transpose=not trans_b, backend=backend).transpose(-1, -2)
+    product = spmm(b, dense, layout, transpose=not trans_b, output_length=output_length, backend=backend)
+    return product.transpose(-1, -2)
 
 
 def attention_statistics(
@@ -350,8 +355,8 @@ def attention_statistics(
         backend: see the module.
 
     Returns:
-        Means over the batch (and, for skewness and score matrix, heads), float32. A constant score matrix has the
-        skewness 0.
+        Means over the batch (and, for skewness and score matrix, heads), float32. A score matrix that is constant
+        up to float32 rounding has the skewness 0.
     """
     checks.check_query_key(query, key)
     batch, _, query_length, head_dim = query.shape

@@ -15,12 +15,16 @@ def shape_text(x: Tensor) -> str:
     return str(list(x.shape))
 
 
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def check_dense(**tensors: Tensor) -> None:
     """Tensors ``[B, H, length, D]`` of one floating dtype on one device, none of them empty."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        _check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, length, head dimension], got the shape {shape_text(x)}")
         if 0 in x.shape:
@@ -68,6 +72,7 @@ def check_padding(name: str, mask: Tensor | None, batch: int, length: int, devic
     """A padding mask: bool ``[B, length]``, True = a real token."""
     if mask is None:
         return
+    _check_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor with True for real tokens, got {mask.dtype}; use mask.bool()")
     if tuple(mask.shape) != (batch, length):
@@ -77,9 +82,13 @@ def check_padding(name: str, mask: Tensor | None, batch: int, length: int, devic
 
 
 def check_bias(bias: Tensor | None, shape: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
-    """A bias broadcastable to ``[B, H, L, S]``; returned with four dimensions, expanded ones narrowed to 1."""
+    """A bias broadcastable to ``[B, H, L, S]``; returned with four dimensions, expanded ones narrowed to 1.
+
+    Not so where the bias requires a gradient: each position of an expanded tensor has one of its own.
+    """
     if bias is None:
         return None
+    _check_tensor("attn_bias", bias)
     if not bias.is_floating_point():
         hint = "; pass what may be attended to as key_padding_mask, is_causal or the layout" * (
             bias.dtype == torch.bool
@@ -94,7 +103,8 @@ def check_bias(bias: Tensor | None, shape: tuple[int, int, int, int], device: to
     if bias.device != device:
         raise ValueError(f"attn_bias is on {bias.device}, the tensors are on {device}; move it there")
     bias = bias[(None,) * (4 - bias.dim())]
-    for dim in range(4):
+    differentiated = bias.requires_grad and torch.is_grad_enabled()
+    for dim in () if differentiated else range(4):
         if bias.stride(dim) == 0 and bias.shape[dim] > 1:  # from expand(): one copy is enough
             bias = bias.narrow(dim, 0, 1)
     return bias
@@ -112,8 +122,12 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
 
 
-def check_values(name: str, values: Tensor, layout: BlockLayout, num_heads: int) -> None:
-    """Block values ``[B, nnz, b, b]`` of a layout used by ``num_heads`` heads."""
+def check_values(name: str, values: Tensor, layout: BlockLayout, num_heads: int | None = None) -> int:
+    """Block values ``[B, nnz, b, b]`` of a layout used by ``num_heads`` heads; inferred from their number if None."""
+    _check_tensor(name, values)
+    if num_heads is None:
+        shared = layout.num_heads == 1 and layout.nnz > 0 and values.dim() == 4
+        num_heads = values.shape[1] // layout.nnz if shared else layout.num_heads
     if values.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
     expected = (layout.nnz * (num_heads // layout.num_heads), layout.block_size, layout.block_size)
@@ -122,3 +136,4 @@ def check_values(name: str, values: Tensor, layout: BlockLayout, num_heads: int)
             f"{name} must hold the kept blocks of the layout, [batch, {', '.join(map(str, expected))}], got "
             f"{shape_text(values)}"
         )
+    return num_heads

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sat.layout import BlockLayout
+from sat.ops import moments
+from sat.ops.autocast import without_autocast
 from sat.ops.types import AttentionStatistics
 
 
@@ -39,12 +41,12 @@ def masked_softmax(scores: Tensor, kept: Tensor, pruned_count: Tensor | None) ->
     scores = scores.masked_fill(~kept, -torch.inf)
     pivot = scores.detach().amax(-1, keepdim=True)
     if pruned_count is not None:
-        pivot = pivot.clamp(min=0)
+        pivot = torch.where(pruned_count > 0, pivot.clamp(min=0), pivot)
     pivot = pivot.masked_fill(pivot == -torch.inf, 0)
     weights = torch.exp(scores - pivot)
     total = weights.sum(-1, keepdim=True)
     if pruned_count is not None:
-        total = total + pruned_count * torch.exp(-pivot)
+        total = total + pruned_count * torch.exp(-pivot.clamp(min=0))
     return weights / total.masked_fill(total == 0, 1)
 
 
@@ -78,6 +80,7 @@ def attention_weights(
     return weights
 
 
+@without_autocast
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *, dropout_p: float = 0.0, **options: object
 ) -> Tensor:
@@ -102,11 +105,13 @@ def from_blocks(values: Tensor, layout: BlockLayout, num_heads: int, query_lengt
     return blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :query_length, :key_length]
 
 
+@without_autocast
 def sddmm(query: Tensor, key: Tensor, layout: BlockLayout) -> Tensor:
     """Kept blocks of ``query @ key^T``, see :func:`sat.ops.sddmm`."""
     return to_blocks(query @ key.transpose(2, 3), layout, fill=-torch.inf)
 
 
+@without_autocast
 def spmm(weights: Tensor, value: Tensor, layout: BlockLayout, *, transpose: bool, output_length: int) -> Tensor:
     """Block-sparse times dense, see :func:`sat.ops.spmm`."""
     heads, length = value.shape[1], value.shape[2]
@@ -115,6 +120,7 @@ def spmm(weights: Tensor, value: Tensor, layout: BlockLayout, *, transpose: bool
     return from_blocks(weights, layout, heads, output_length, length) @ value
 
 
+@without_autocast
 def sparse_softmax(
     scores: Tensor,
     layout: BlockLayout,
@@ -139,6 +145,7 @@ def sparse_softmax(
     return to_blocks(masked_softmax(dense, kept, pruned_count), layout).to(scores.dtype)
 
 
+@without_autocast
 def attention_statistics(
     query: Tensor,
     key: Tensor,
@@ -162,10 +169,6 @@ def attention_statistics(
     )
     per_head = weights.mean(0)
     matrix = per_head.mean(0)
-    deviation = matrix.double() - matrix.double().mean()
-    variance = deviation.square().mean()
-    # A constant matrix leans to neither side; SciPy calls that nan, which no threshold could be compared with.
-    skewness = torch.where(variance == 0, 0.0, deviation.pow(3).mean() / variance.pow(1.5))
     query_length, key_length = matrix.shape
     rows, columns = -(-query_length // block_size), -(-key_length // block_size)
     padding = (0, columns * block_size - key_length, 0, rows * block_size - query_length)
@@ -174,4 +177,6 @@ def attention_statistics(
         return F.pad(x, padding).unflatten(-1, (columns, -1)).unflatten(-3, (rows, -1)).sum((-3, -1))
 
     pooled = block_sums(per_head) / block_sums(torch.ones_like(matrix))
-    return AttentionStatistics(pooled.float(), skewness.float(), matrix.float() if score_matrix else None)
+    return AttentionStatistics(
+        pooled.float(), moments.skewness(matrix).float(), matrix.float() if score_matrix else None
+    )

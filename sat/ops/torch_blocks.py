@@ -1,9 +1,12 @@
 """Floor 1: fused block-sparse attention in plain PyTorch, forward and backward, on any device.
 
 Block rows that keep equally many blocks are gathered and computed together as batched matrix products, a bounded
-number of scores at a time. So time grows with the kept blocks, and the memory beyond inputs and outputs does not grow
-at all. The backward pass computes the weights once more, so that nothing of their size is kept in between. Block sums
-into key and value gradients go in a fixed order: results are repeatable bit for bit.
+number of scores at a time. So time grows with the kept blocks, and the memory for scores does not grow at all. What
+does grow, beyond inputs and outputs: the indices, with the kept blocks of every sample; and one copy of each input that
+is not contiguous, ends in a partial block or is of half precision, in a buffer that a CPU keeps for the next call (if
+it is not larger than ``workspace.KEPT_BUFFER``). The backward pass computes the weights once more, so that nothing of
+their size is kept in between. Block sums into key and value gradients go in a fixed order: results are repeatable bit
+for bit.
 
 Shapes: B batch, H heads, L queries, S keys, D head dimension, b block size, M x N blocks; n block rows in a chunk,
 each of which keeps k blocks.
@@ -12,7 +15,6 @@ each of which keeps k blocks.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sat.ops.autocast import without_autocast
+from sat.ops.workspace import Workspace
+
 # Scores computed at a time. On a CPU the chunk's operands should stay in the second and third level caches.
 CHUNK_SCORES_CPU = 2**18
 CHUNK_SCORES_OTHER = 2**25
-# Elements of the largest buffer that is kept for the next call.
-KEPT_BUFFER = 2**22
 
 
 class Chunk(NamedTuple):
@@ -219,34 +222,6 @@ class Problem:
         return totals.reshape(self.batch, self.block_rows, self.size).to(self.dtype)
 
 
-class Workspace:
-    """Buffers that are kept from call to call: fresh memory costs a CPU more than the arithmetic on it."""
-
-    _kept = threading.local()
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        if device.type == "cpu":  # elsewhere PyTorch's caching allocator does this already
-            self.buffers = self._kept.__dict__.setdefault("buffers", {})
-
-    def empty(self, name: str, *shape: int) -> Tensor:
-        """A buffer of this shape, not initialised; it is overwritten at the next request under the same name."""
-        numel = math.prod(shape)
-        buffer = self.buffers.get((name, self.dtype))
-        if buffer is None or buffer.numel() < numel:
-            with torch.inference_mode(False):  # else a buffer made in evaluation could not be written in training
-                buffer = torch.empty(numel, dtype=self.dtype, device=self.device)
-            if numel <= KEPT_BUFFER or self.device.type != "cpu":
-                self.buffers[name, self.dtype] = buffer
-        return buffer[:numel].view(shape)
-
-    def gather(self, name: str, blocks: Tensor, index: Tensor, *shape: int) -> Tensor:
-        """The rows of ``blocks`` that ``index`` names, in a buffer, viewed as ``shape``."""
-        out = self.empty(name, len(index), blocks.shape[1])
-        return torch.index_select(blocks, 0, index, out=out).view(shape)
-
-
 def dropout_mask(like: Tensor, p: float, generator: torch.Generator) -> Tensor:
     """0 or ``1 / (1 - p)`` in the shape of ``like``; forward and backward draw the same ones in the same order."""
     return torch.empty_like(like).bernoulli_(1 - p, generator=generator).div_(1 - p)
@@ -257,6 +232,7 @@ def _generator(seed: Tensor | None, device: torch.device) -> torch.Generator | N
 
 
 @torch.library.custom_op("sat::block_attention_torch", mutates_args=())
+@without_autocast
 def block_attention(
     query: Tensor,
     key: Tensor,
@@ -306,6 +282,7 @@ def _(query: Tensor, *args: object) -> Tensor:
 
 
 @torch.library.custom_op("sat::block_attention_torch_backward", mutates_args=())
+@without_autocast
 def block_attention_backward(
     grad: Tensor,
     query: Tensor,

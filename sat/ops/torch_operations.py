@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sat.layout import BlockLayout
+from sat.ops.autocast import without_autocast
+from sat.ops.moments import skewness_from_moments
 
 # Elements of a temporary that are computed at a time.
 CHUNK_ELEMENTS = 2**22
@@ -35,6 +37,7 @@ def _split(batch: int, nnz: int, block_numel: int) -> range:
 
 
 @torch.library.custom_op("sat::sddmm_torch", mutates_args=())
+@without_autocast
 def sddmm(query: Tensor, key: Tensor, mask: Tensor, nnz: int, block_size: int, fill: float) -> Tensor:
     """Kept blocks of ``query @ key^T``; positions past the end hold ``fill``."""
     batch, heads, query_length, dim = query.shape
@@ -59,6 +62,7 @@ def _(query: Tensor, key: Tensor, mask: Tensor, nnz: int, block_size: int, fill:
 
 
 @torch.library.custom_op("sat::spmm_torch", mutates_args=())
+@without_autocast
 def spmm(weights: Tensor, value: Tensor, mask: Tensor, transpose: bool, output_length: int) -> Tensor:
     """Block-sparse times dense, ``[B, H, output_length, D]``."""
     batch, heads, _, dim = value.shape
@@ -118,12 +122,12 @@ spmm.register_autograd(_spmm_backward, setup_context=_spmm_setup)
 
 
 def _row_sums(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Sums ``[B, nnz, b]`` over the blocks of a row, handed back to each block."""
-    totals = x.new_zeros(x.shape[0], num_rows, x.shape[2]).index_add_(1, rows, x)
-    return totals[:, rows]
+    """Sums ``[B, num_rows, b]`` over the blocks ``[B, nnz, b]`` of each row."""
+    return x.new_zeros(x.shape[0], num_rows, x.shape[2]).index_add_(1, rows, x)
 
 
 @torch.library.custom_op("sat::sparse_softmax_torch", mutates_args=())
+@without_autocast
 def sparse_softmax(
     scores: Tensor,
     bias_blocks: Tensor | None,
@@ -149,18 +153,19 @@ def sparse_softmax(
         x.masked_fill_(~allowed_blocks, -math.inf)
     pivot = x.new_full((x.shape[0], num_rows, x.shape[2]), -math.inf)
     pivot.scatter_reduce_(1, rows[None, :, None].expand(x.shape[0], -1, x.shape[2]), x.amax(3), "amax")
-    if allowed_totals is not None:
-        pivot.clamp_(min=0)
-    pivot.masked_fill_(pivot == -math.inf, 0)
-    x.sub_(pivot[:, rows].unsqueeze(3)).exp_()
-    totals = _row_sums(x.sum(3), rows, num_rows)
+    pruned = None
     if allowed_totals is not None:
         kept = x.new_full((1, len(rows), x.shape[2]), x.shape[3])
         if allowed_blocks is not None:
             kept = allowed_blocks.sum(3, dtype=compute)
-        pruned = allowed_totals[:, rows % mask.shape[1]].to(compute) - _row_sums(kept, rows, num_rows)
-        totals = totals + pruned * torch.exp(-pivot[:, rows])
-    return x.div_(totals.masked_fill_(totals == 0, 1).unsqueeze(3)).to(scores.dtype)
+        pruned = allowed_totals.repeat(1, num_heads, 1).to(compute) - _row_sums(kept, rows, num_rows)
+        pivot = torch.where(pruned > 0, pivot.clamp(min=0), pivot)
+    pivot.masked_fill_(pivot == -math.inf, 0)
+    x.sub_(pivot[:, rows].unsqueeze(3)).exp_()
+    totals = _row_sums(x.sum(3), rows, num_rows)
+    if pruned is not None:
+        totals = totals + pruned * torch.exp(-pivot.clamp(min=0))
+    return x.div_(totals.masked_fill_(totals == 0, 1)[:, rows].unsqueeze(3)).to(scores.dtype)
 
 
 @sparse_softmax.register_fake
@@ -169,13 +174,14 @@ def _(scores: Tensor, *args: object) -> Tensor:
 
 
 @torch.library.custom_op("sat::sparse_softmax_torch_backward", mutates_args=())
+@without_autocast
 def sparse_softmax_backward(grad: Tensor, weights: Tensor, mask: Tensor, num_heads: int) -> Tensor:
     """Gradient to the scaled and biased scores: ``p * (dp - sum_j p_j dp_j)``, also with pruned logits of 0."""
     compute = torch.promote_types(grad.dtype, torch.float32)
     rows, _ = _entries(mask, num_heads)
     p, dp = weights.to(compute), grad.to(compute)
     mean = _row_sums((p * dp).sum(3), rows, num_heads * mask.shape[1])
-    return (p * (dp - mean.unsqueeze(3))).to(grad.dtype)
+    return (p * (dp - mean[:, rows].unsqueeze(3))).to(grad.dtype)
 
 
 @sparse_softmax_backward.register_fake
@@ -203,6 +209,7 @@ sparse_softmax.register_autograd(_softmax_backward, setup_context=_softmax_setup
 
 
 @torch.library.custom_op("sat::attention_statistics_torch", mutates_args=())
+@without_autocast
 def attention_statistics(
     query: Tensor,
     key: Tensor,
@@ -221,7 +228,7 @@ def attention_statistics(
     columns = -(-key_length // block_size)
     tail = columns * block_size - key_length
     matrix = query.new_empty((query_length, key_length) if score_matrix else (0,), dtype=torch.float32)
-    pooled, moments = [], torch.zeros(4, dtype=torch.float64, device=query.device)
+    pooled, shift, sums = [], None, torch.zeros(4, dtype=torch.float64, device=query.device)
     # Whole block rows at a time, so that each is pooled at once.
     step = max(1, CHUNK_ELEMENTS // (batch * heads * key_length * block_size)) * block_size
     for start in range(0, query_length, step):
@@ -245,18 +252,18 @@ def attention_statistics(
         mean = per_head.mean(0)
         if score_matrix:
             matrix[rows] = mean
-        # Power sums about 1/S, which is the mean itself unless rows are padding: no cancellation.
-        deviation = mean.double() - 1 / key_length
-        moments += torch.stack([deviation.pow(power).sum() for power in range(4)])
+        # Power sums about the mean of the first rows, which is close to that of all: no cancellation.
+        shift = mean.double().mean() if shift is None else shift
+        deviation = mean.double() - shift
+        sums += torch.stack([deviation.pow(power).sum() for power in range(4)])
         blocks = F.pad(per_head, (0, tail, 0, -per_head.shape[1] % block_size))
         pooled.append(blocks.unflatten(2, (columns, -1)).unflatten(1, (-1, block_size)).sum((2, 4)))
-    first, second, third = (moments[1:] / moments[0]).unbind()
-    variance = second - first**2
-    skewness = (third - 3 * first * second + 2 * first**3) / variance.pow(1.5)
+    assert shift is not None
+    first, second, third = (sums[1:] / sums[0]).unbind()
+    skewness = skewness_from_moments(shift + first, second - first**2, third - 3 * first * second + 2 * first**3)
     return (
         torch.cat(pooled, 1).float() / _block_areas(query_length, key_length, block_size, query.device),
-        # A constant matrix leans to neither side; SciPy calls that nan, which no threshold could be compared with.
-        torch.where(variance <= 0, 0.0, skewness).float(),
+        skewness.float(),
         matrix,
     )
 

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sat.ops import moments
+
 
 def skewness(matrix: Tensor) -> Tensor:
     """Population skewness over all entries of a matrix: ``mean(((x - mean) / std) ** 3)``.
 
-    The same number as ``scipy.stats.skew(matrix, axis=None)``, except for a constant matrix: SciPy gives nan, this
-    function gives 0. Uniform attention has no tail on either side, and 0 keeps its layer dense, whereas a nan would
-    have to be treated apart by everything that compares, averages or logs it.
+    The same number as ``scipy.stats.skew(matrix, axis=None)``, except for a matrix that is constant up to float32
+    rounding: SciPy gives nan or whatever the rounding happens to be, this function gives 0. Uniform attention has no
+    tail on either side, and 0 keeps its layer dense, whereas a nan would have to be treated apart by everything that
+    compares, averages or logs it.
 
     Args:
         matrix: any shape, for instance the score matrix ``[L, S]``.
@@ -27,14 +30,7 @@ def skewness(matrix: Tensor) -> Tensor:
 
     Source: Yoon et al., IEEE Access 12 (2024), the dense phase of SAT.
     """
-    values = matrix.detach().double()
-    mean = values.mean()
-    centred = values - mean
-    variance = centred.square().mean()
-    # SciPy's own test for "constant up to rounding of the mean".
-    constant = variance <= (torch.finfo(torch.float64).eps * mean).square()
-    third = centred.pow(3).mean()
-    return torch.where(constant, torch.zeros_like(third), third / torch.where(constant, 1.0, variance).pow(1.5))
+    return moments.skewness(matrix)
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

@@ -177,6 +177,60 @@ def test_error_is_at_most_twice_pytorchs(dtype):
     oracle.assert_as_exact_as_pytorch(ours, dense.double() @ exact_inputs[1], dense @ inputs[1], "spmm")
 
 
+@BACKENDS
+def test_sparse_softmax_takes_the_length_from_a_bias_of_keys(backend):
+    layout, query, key = make(2, 2, 37, 37, 16)
+    bias = torch.randn(37, dtype=torch.float64)
+    scores = ops.sddmm(query, key, layout, backend=backend)
+    weights = ops.sparse_softmax(scores, layout, attn_bias=bias, pruned="zero", query_length=37, backend=backend)
+    ours = ops.spmm(weights, key, layout, backend=backend)
+    torch.testing.assert_close(
+        ours, oracle.attention(query, key, key, layout, attn_bias=bias, scale=1.0, pruned="zero")
+    )
+
+
+@BACKENDS
+def test_matmul_gives_the_length_that_was_asked_for(backend):
+    layout, query, key = make(2, 2, 29, 31, 8)  # 4 x 4 blocks: by default the result would be as long as the operand
+    element_mask = oracle.element_mask(layout, 29, 31)
+    sparse = (query @ key.transpose(2, 3)) * element_mask
+    values = ops.matmul(query, key, layout, "sdd", trans_b=True, backend=backend)
+    ours = ops.matmul(values, key, layout, "dsd", output_length=29, backend=backend)
+    torch.testing.assert_close(ours, sparse @ key)
+    ours = ops.matmul(query, values, layout, "dds", trans_a=True, output_length=31, backend=backend)
+    torch.testing.assert_close(ours, query.transpose(2, 3) @ sparse)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(backend, dtype):
+    layout, query, key = make(2, 2, 37, 37, 16)
+    query, key = query.to(dtype), key.to(dtype)
+
+    def results():
+        scores = ops.sddmm(query, key, layout, backend=backend)
+        weights = ops.sparse_softmax(scores, layout, scale=0.3, pruned="zero", backend=backend)
+        return scores, weights, ops.spmm(weights, key, layout, transpose=True, backend=backend)
+
+    expected = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = results()
+    for ours, wanted in zip(inside, expected, strict=True):
+        assert ours.dtype == dtype
+        assert torch.equal(ours, wanted)
+
+
+def test_each_compiles_with_a_layout_made_outside():
+    layout, query, key = make(2, 1, 37, 37, 16)
+
+    def compose(query, key):
+        weights = ops.sparse_softmax(ops.sddmm(query, key, layout), layout, scale=0.3)
+        return ops.spmm(weights, key, layout)
+
+    compiled = torch.compile(compose, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, key), compose(query, key))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -196,6 +250,26 @@ def test_error_is_at_most_twice_pytorchs(dtype):
             "mode must be one of 'sdd', 'dsd', 'dds', got 'ssd'",
         ),
         (lambda v, x, layout: ops.sddmm(x, x[:, :1], layout), ValueError, "agree in batch, heads"),
+        (lambda v, x, layout: ops.sparse_softmax(v[0, 0, 0], layout), ValueError, r"kept blocks .* got \[16\]"),
+        (
+            lambda v, x, layout: ops.sparse_softmax(v[0, 0, 0], BlockLayout(layout.mask[0], 16)),
+            ValueError,
+            r"kept blocks .* got \[16\]",
+        ),
+        (lambda v, x, layout: ops.sparse_softmax(v.tolist(), layout), TypeError, "scores must be a tensor, got list"),
+        (lambda v, x, layout: ops.spmm(3, x, layout), TypeError, "weights must be a tensor, got int"),
+        (
+            lambda v, x, layout: ops.sparse_softmax(v, layout, key_padding_mask=[True]),
+            TypeError,
+            "key_padding_mask must be a tensor, got list",
+        ),
+        (
+            lambda v, x, layout: ops.sparse_softmax(v, layout, key_padding_mask=torch.tensor(True)),
+            ValueError,
+            r"must have the shape \[2, 48\], got \[\]",
+        ),
+        (lambda v, x, layout: ops.sparse_softmax(v, layout, attn_bias=1.0), TypeError, "attn_bias must be a tensor"),
+        (lambda v, x, layout: ops.matmul(x, x, layout, "sdd", output_length=3), ValueError, "that of 'sdd' is sparse"),
     ],
 )
 def test_bad_arguments(call, error, message):

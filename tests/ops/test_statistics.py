@@ -59,10 +59,26 @@ def test_equals_scipy_on_the_explicit_matrix(backend, length, keys, size, option
     assert lean.score_matrix is None
 
 
+@pytest.mark.parametrize("chunk", [2**22, 100])
+@pytest.mark.parametrize("length", [4, 25, 75, 100])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_a_constant_matrix_leans_to_neither_side(backend):
-    zeros = torch.zeros(1, 1, 4, 8)
+def test_a_constant_matrix_leans_to_neither_side(backend, length, chunk, monkeypatch):
+    monkeypatch.setattr(torch_operations, "CHUNK_ELEMENTS", chunk)
+    zeros = torch.zeros(3, 2, length, 8)
     assert ops.attention_statistics(zeros, zeros, 2, backend=backend).skewness == 0
+    nothing = torch.zeros(3, length, dtype=torch.bool)
+    query = torch.randn(3, 2, length, 8)
+    options = {"query_padding_mask": nothing, "backend": backend}
+    assert ops.attention_statistics(query, query, 2, **options).skewness == 0
+
+
+def test_autocast_changes_nothing():
+    query, key = torch.randn(2, 3, 2, 40, 16).unbind(0)
+    for backend in ("reference", "torch"):
+        expected = ops.attention_statistics(query, key, 16, score_matrix=True, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = ops.attention_statistics(query, key, 16, score_matrix=True, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -30,6 +30,17 @@ def test_skewness_of_a_constant_matrix_is_zero(value):
     assert skewness(torch.full((8, 8), value, dtype=torch.float64)).item() == 0
 
 
+def test_skewness_of_a_matrix_that_is_constant_but_for_rounding_is_zero():
+    matrix = torch.full((75, 75), 1 / 75)
+    matrix[3, 4:20] += torch.finfo(torch.float32).eps / 75
+    assert scipy.stats.skew(matrix.double().numpy(), axis=None) > 10
+    assert skewness(matrix).item() == 0
+    matrix[3, 4] *= 1.01
+    assert skewness(matrix).item() == pytest.approx(scipy.stats.skew(matrix.double().numpy(), axis=None))
+    matrix[0, 0] = torch.nan
+    assert skewness(matrix).isnan()
+
+
 def test_distance_is_the_frobenius_norm_of_the_difference():
     a, b = torch.randn(2, 17, 23, generator=torch.Generator().manual_seed(2))
     assert distance(a, b).item() == pytest.approx(np.linalg.norm((a - b).numpy()), rel=1e-6)
