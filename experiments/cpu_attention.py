@@ -1,6 +1,6 @@
 """Block-sparse attention on a CPU against fused and explicit dense attention, and how it grows.
 
-python -m experiments.cpu_attention              (about 3 minutes on 2 cores; writes results/cpu_attention.json)
+python -m experiments.cpu_attention              (about 1 minute on 2 cores; writes results/cpu_attention.json)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A training step of the paper's CIFAR-10 model on a CPU, dense and sparse, and what the statistics cost.
 
-python -m experiments.cpu_training               (about 2 minutes on 2 cores; writes results/cpu_training.json)
+python -m experiments.cpu_training               (about half a minute on 2 cores; writes results/cpu_training.json)
 """
 
 from __future__ import annotations

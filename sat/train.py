@@ -214,6 +214,8 @@ class Run:
         ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path, weights_only=True)
         self.save_last.save(self.trainer, self.module)
+        if self.save_last.interrupted:  # during the last step, after which there was no other to stop at
+            raise RunInterrupted(f"interrupted at step {self.trainer.global_step}, the last one")
 
     def report(self) -> dict[str, Any]:
         """Test the final and the best model, write and print the summary."""

@@ -221,6 +221,20 @@ def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tiny, monkeypatch, 
     assert "--ckpt_path" not in message
 
 
+def test_ctrl_c_in_the_last_step_leaves_before_the_test(tiny, monkeypatch, capsys):
+    original = train.Monitor.on_train_end
+
+    def pressed(self, trainer, *args):
+        next(c for c in trainer.callbacks if isinstance(c, SaveLast)).interrupted = True
+        original(self, trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Monitor, "on_train_end", pressed)
+        assert "interrupted at step 20, the last one" in refused(capsys, "--config", tiny, status=130)
+    assert not (run_folder() / "summary.json").exists()
+    assert run("--config", tiny, "--ckpt_path", "last")["steps"] == 20
+
+
 def test_names(tiny):
     tiny.write_text("name: mine\n" + TINY)
     args, _ = train.parse(["--config", str(tiny)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Dropout(nn.Dropout):
     """``nn.Dropout`` with cheaper random numbers on a CPU.
 
-    PyTorch draws one 32-bit number for each element on one thread, which took a third of a sparse training step of
+    PyTorch draws one 32-bit number for each element on one thread, which took a quarter to a third of a sparse training step of
     the paper's CIFAR-10 model on two cores. Here one 64-bit draw serves four elements, so the probability is exact to
     ``2 ** -16``. The stream is that of the default CPU generator. On other devices, and in compiled code, this is
     ``nn.Dropout``.
