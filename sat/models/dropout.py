@@ -9,10 +9,9 @@ from torch import Tensor, nn
 class Dropout(nn.Dropout):
     """``nn.Dropout`` with cheaper random numbers on a CPU.
 
-    PyTorch draws one 32-bit number for each element on one thread, which took a quarter to a third of a sparse training step of
-    the paper's CIFAR-10 model on two cores. Here one 64-bit draw serves four elements, so the probability is exact to
-    ``2 ** -16``. The stream is that of the default CPU generator. On other devices, and in compiled code, this is
-    ``nn.Dropout``.
+    PyTorch draws a number for each element on one thread, a large part of a sparse training step of a small model.
+    Here one 64-bit draw serves four elements, so the probability is exact to ``2 ** -16``. The stream is that of the
+    default CPU generator. On other devices, and in compiled code, this is ``nn.Dropout``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
