@@ -19,15 +19,22 @@ RESULTS = Path(__file__).parent / "results"
 def environment() -> dict[str, Any]:
     """Device, versions and commit."""
     cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain", "sat"], capture_output=True, text=True, check=False)
+    changes = _git("status", "--porcelain", "sat")
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu or platform.processor()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if changes else ""),
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git says; nothing where there is no git, or no repository."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -56,8 +63,8 @@ def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
     return round(statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True)), 2)
 
 
-def save(name: str, command: str, figures: Mapping[str, Any]) -> Path:
-    """Write ``experiments/results/name.json``."""
-    path = RESULTS / f"{name}.json"
+def save(name: str, command: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``experiments/results/name.json``, or into another folder."""
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"command": command, **environment(), **figures}, indent=1) + "\n")
     return path

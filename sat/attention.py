@@ -59,6 +59,7 @@ class AdaptiveAttention(nn.Module):
         self.register_buffer("layout_mask", torch.ones(num_heads, blocks, blocks, dtype=torch.bool))
         self.register_buffer("sparse", torch.zeros((), dtype=torch.bool))
         self._is_sparse = False  # what the buffer says, readable without waiting for the device
+        self._current: tuple[tuple, BlockLayout] | None = None
         self.observe_samples = 0
         self.statistics: ops.AttentionStatistics | None = None
 
@@ -133,8 +134,7 @@ class AdaptiveAttention(nn.Module):
             self.statistics = self._observe(query, key, key_padding_mask, query_padding_mask)
         dropout = self.dropout if self.training else 0.0
         if self._is_sparse:
-            rows, columns = (-(-length // self.block_size) for length in (query_length, key_length))
-            layout = BlockLayout(self.layout_mask[:, :rows, :columns], self.block_size)
+            layout = self._layout_for(*(-(-length // self.block_size) for length in (query_length, key_length)))
             return ops.block_sparse_attention(
                 query,
                 key,
@@ -155,6 +155,19 @@ class AdaptiveAttention(nn.Module):
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         # PyTorch's kernels disagree on rows without a key (0, NaN or the mean of all values); ours are 0.
         return context.masked_fill(~mask.any(-1, keepdim=True), 0)
+
+    def _layout_for(self, rows: int, columns: int) -> BlockLayout:
+        """The part of the layout that a batch needs.
+
+        The same object again while nobody wrote to the buffer: what the operators have derived from it stays good.
+        """
+        mask = self.layout_mask[:, :rows, :columns]
+        if torch.compiler.is_compiling() or mask.is_inference():
+            return BlockLayout(mask, self.block_size)
+        state = (mask.data_ptr(), mask._version, rows, columns)
+        if self._current is None or self._current[0] != state:
+            self._current = state, BlockLayout(mask, self.block_size)
+        return self._current[1]
 
     def _observe(
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None

@@ -9,7 +9,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,6 +56,8 @@ class BlockLayout:
             )
         self.mask = mask.detach().reshape(-1, *mask.shape[-2:])
         self.block_size = block_size
+        # What operators have derived from the mask, kept for their next call.
+        self.derived: dict[object, Any] = {}
         # Counted at once where no device has to be waited for: compiled functions then find a number, not a tensor.
         at_once = type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()
         self._nnz = int(mask.sum()) if at_once else None

@@ -4,8 +4,10 @@ Shapes: B batch, H heads, L queries, S keys, D head dimension, b block size, M x
 all H heads). Block values ``[B, nnz, b, b]`` stand in (head, row, column) order.
 
 Backends: ``"reference"`` is dense and masked, the specification; ``"torch"`` computes the kept blocks only, in plain
-PyTorch, on any device. ``"auto"`` takes ``"torch"``. A backend that was asked for by name never silently becomes
-another.
+PyTorch, on any device; ``"triton"`` does so in kernels of our own, on NVIDIA GPUs from compute capability 8.0 on, in
+float32 (exact, unless ``torch.set_float32_matmul_precision`` chose tf32), bfloat16 and float16, for blocks of 16, 32,
+64 and 128 and head dimensions from 8 to 256. ``"auto"`` takes ``"triton"`` for whatever of this lies on a GPU, and
+``"torch"`` for everything else. A backend that was asked for by name never silently becomes another.
 """
 
 from __future__ import annotations
@@ -19,6 +21,13 @@ from torch import Tensor
 from sat.layout import BlockLayout
 from sat.ops import checks, reference, torch_blocks, torch_operations
 from sat.ops.types import AttentionStatistics
+
+try:
+    from sat.ops import triton
+except ImportError as error:
+    if error.name != "triton":
+        raise
+    triton = None  # type: ignore[assignment]
 
 __all__ = [
     "AttentionStatistics",
@@ -34,11 +43,18 @@ Backend = Literal["auto", "reference", "torch", "triton"]
 Pruned = Literal["drop", "zero"]
 
 
-def _choose_backend(backend: str) -> str:
+def _choose_backend(backend: str, x: Tensor, block_size: int, head_dim: int | None = None) -> str:
+    """The backend by which to compute on tensors like ``x``."""
     checks.check_choice("backend", backend, ("auto", "reference", "torch", "triton"))
-    if backend == "triton":
-        raise RuntimeError("backend='triton' is not part of this version of SAT; use 'torch' or 'auto'")
-    return "torch" if backend == "auto" else backend
+    if backend in ("reference", "torch") or (backend == "auto" and x.device.type != "cuda"):
+        return "torch" if backend == "auto" else backend
+    if triton is None:
+        reason = "the package triton is not installed"
+    else:
+        reason = triton.unsupported(x.device, x.dtype, block_size, head_dim)
+    if backend == "triton" and reason is not None:
+        raise RuntimeError(f"backend='triton' cannot take this case: {reason}; use backend='torch' or 'auto'")
+    return "triton" if reason is None else "torch"
 
 
 def block_sparse_attention(
@@ -95,7 +111,7 @@ def block_sparse_attention(
     attn_bias = checks.check_bias(attn_bias, (batch, heads, query_length, key_length), query.device)
     checks.check_probability("dropout_p", dropout_p)
     checks.check_choice("pruned", pruned, ("drop", "zero"))
-    backend_name = _choose_backend(backend)
+    backend_name = _choose_backend(backend, query, layout.block_size, head_dim)
     scale = head_dim**-0.5 if scale is None else scale
     if not fused:
         # Scaled first: the products of half precisions may be too large for them.
@@ -125,6 +141,21 @@ def block_sparse_attention(
             query_padding_mask=query_padding_mask,
             attn_bias=attn_bias,
             is_causal=is_causal,
+            scale=scale,
+            pruned=pruned,
+        )
+    if backend_name == "triton":
+        triton.warn_if_slow(batch * _total_blocks(layout, query) * layout.block_size**2)
+        return triton.block_sparse_attention(
+            query,
+            key,
+            value,
+            layout,
+            key_padding_mask=key_padding_mask,
+            query_padding_mask=query_padding_mask,
+            attn_bias=attn_bias,
+            is_causal=is_causal,
+            dropout_p=dropout_p,
             scale=scale,
             pruned=pruned,
         )
@@ -162,8 +193,12 @@ def sddmm(query: Tensor, key: Tensor, layout: BlockLayout, *, backend: Backend =
     checks.check_query_key(query, key)
     checks.check_layout(layout, query, "query")
     checks.check_lengths(layout, query.shape[2], key.shape[2])
-    if _choose_backend(backend) == "reference":
+    chosen = _choose_backend(backend, query, layout.block_size, query.shape[3])
+    if chosen == "reference":
         return reference.sddmm(query, key, layout)
+    if chosen == "triton":
+        triton.warn_if_slow(len(query) * _total_blocks(layout, query) * layout.block_size**2)
+        return triton.sddmm(query, key, layout, -torch.inf)
     return torch_operations.sddmm(query, key, layout.mask, _total_blocks(layout, query), layout.block_size, -torch.inf)
 
 
@@ -215,8 +250,11 @@ def sparse_softmax(
     checks.check_lengths(layout, query_length, key_length)
     checks.check_padding("key_padding_mask", key_padding_mask, batch, key_length, scores.device)
     attn_bias = checks.check_bias(attn_bias, (batch, num_heads, query_length, key_length), scores.device)
-    if _choose_backend(backend) == "reference":
-        return reference.sparse_softmax(
+    chosen = _choose_backend(backend, scores, size)
+    if chosen != "torch":
+        if chosen == "triton":
+            triton.warn_if_slow(scores.numel())
+        return (triton if chosen == "triton" else reference).sparse_softmax(
             scores,
             layout,
             num_heads=num_heads,
@@ -282,8 +320,12 @@ def spmm(
         output_length = value.shape[2] if rows == columns else (columns if transpose else rows) * layout.block_size
     lengths = (value.shape[2], output_length) if transpose else (output_length, value.shape[2])
     checks.check_lengths(layout, *lengths)
-    if _choose_backend(backend) == "reference":
+    chosen = _choose_backend(backend, value, layout.block_size, value.shape[3])
+    if chosen == "reference":
         return reference.spmm(weights, value, layout, transpose=transpose, output_length=output_length)
+    if chosen == "triton":
+        triton.warn_if_slow(weights.numel())
+        return triton.spmm(weights, value, layout, transpose, output_length)
     return torch_operations.spmm(weights, value, layout.mask, transpose, output_length)
 
 
@@ -336,6 +378,7 @@ def attention_statistics(
     is_causal: bool = False,
     scale: float | None = None,
     score_matrix: bool = False,
+    logsumexp: Tensor | None = None,
     backend: Backend = "auto",
 ) -> AttentionStatistics:
     """What the dense phase learns from one layer: pooled weights, skewness and the score matrix (paper, section 3).
@@ -352,6 +395,8 @@ def attention_statistics(
         is_causal: query i sees keys 0 to i only.
         scale: factor of the scores, ``D ** -0.5`` by default.
         score_matrix: also return the score matrix, ``[L, S]``.
+        logsumexp: float32 ``[B, H, L]``, natural logarithm, as a dense attention with the same scale and masks returns
+            it. It spares ``"triton"`` a pass over the keys; the other backends have no use for it.
         backend: see the module.
 
     Returns:
@@ -366,7 +411,10 @@ def attention_statistics(
     checks.check_padding("query_padding_mask", query_padding_mask, batch, query_length, query.device)
     scale = head_dim**-0.5 if scale is None else scale
     query, key = query.detach(), key.detach()
-    if _choose_backend(backend) == "reference":
+    if logsumexp is not None:
+        checks.check_logsumexp(logsumexp, query)
+    chosen = _choose_backend(backend, query, block_size, head_dim)
+    if chosen == "reference":
         return reference.attention_statistics(
             query,
             key,
@@ -377,9 +425,12 @@ def attention_statistics(
             scale=scale,
             score_matrix=score_matrix,
         )
-    pooled, skewness, matrix = torch_operations.attention_statistics(
-        query, key, block_size, key_padding_mask, query_padding_mask, is_causal, scale, score_matrix
-    )
+    options = (query, key, block_size, key_padding_mask, query_padding_mask, is_causal, scale, score_matrix)
+    if chosen == "triton":
+        triton.warn_if_slow(query.shape[:3].numel() * key.shape[2])
+        pooled, skewness, matrix = triton.attention_statistics(*options, logsumexp)
+    else:
+        pooled, skewness, matrix = torch_operations.attention_statistics(*options)
     return AttentionStatistics(pooled, skewness, matrix if score_matrix else None)
 
 

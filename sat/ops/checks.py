@@ -110,6 +110,18 @@ def check_bias(bias: Tensor | None, shape: tuple[int, int, int, int], device: to
     return bias
 
 
+def check_logsumexp(logsumexp: Tensor, query: Tensor) -> None:
+    """A log-sum-exp of each row: float32 ``[B, H, L]``."""
+    _check_tensor("logsumexp", logsumexp)
+    if logsumexp.dtype != torch.float32 or logsumexp.shape != query.shape[:3]:
+        raise ValueError(
+            f"logsumexp must be float32 of the shape {list(query.shape[:3])}, got {logsumexp.dtype} "
+            f"{shape_text(logsumexp)}"
+        )
+    if logsumexp.device != query.device:
+        raise ValueError(f"logsumexp is on {logsumexp.device}, the tensors are on {query.device}; move it there")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """One of a few words."""
     if value not in choices:

@@ -322,7 +322,6 @@ class TestBadArguments:
         ("options", "error", "message"),
         [
             ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
-            ({"backend": "triton"}, RuntimeError, "'triton' is not part of this version"),
             ({"pruned": "keep"}, ValueError, "pruned must be one of 'drop', 'zero', got 'keep'"),
             ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
             ({"key_padding_mask": torch.ones(2, 64)}, TypeError, "key_padding_mask must be a bool tensor"),

@@ -1,0 +1,501 @@
+"""Floor 1: gradients of fused block-sparse attention in Triton.
+
+The weights are made again from their log-sum-exp. dQ walks the lists of rows, dK and dV walk the lists of columns:
+every number has one program that writes it, nothing is added atomically, and results are repeatable bit for bit.
+Queries without a key, and padded ones, have a log-sum-exp of +inf, which makes their weights 0.
+
+Names and shapes are those of :mod:`sat.ops.triton.flash`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sat.ops.autocast import without_autocast
+from sat.ops.triton.index import TileIndex
+from sat.ops.triton.launch import launch, padded
+from sat.ops.triton.masking import bias_tile, dropout_keeps, ends, real_bytes
+from sat.ops.triton.parameters import Tile
+from sat.ops.triton.tiles import (
+    LOG2_E_KERNEL,
+    broadcast,
+    dot,
+    empty_partial,
+    find_item,
+    item_count,
+    keeps,
+    listed,
+    load_rows,
+    narrow,
+    real_tokens,
+    step_along,
+    store_partial,
+    store_rows,
+    strided,
+    sum_segments,
+)
+
+DELTA_ROWS = 64
+BIAS_TILE = 32
+
+
+@triton.jit
+def _delta_kernel(out, grad, delta, heads, query_length, D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """``rowsum(dO * O)``: what the softmax's gradient subtracts, the same for every key."""
+    tiles = tl.cdiv(query_length, ROWS)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    query = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    exists = query < query_length
+    b_o = load_rows(out, pair // heads, pair % heads, query, exists, D, DIM).to(tl.float32)
+    b_g = load_rows(grad, pair // heads, pair % heads, query, exists, D, DIM).to(tl.float32)
+    tl.store(delta + pair * query_length + query, tl.sum(b_o * b_g, 1), mask=exists)
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    d_q,
+    bias,
+    key_mask,
+    key_ends,
+    seed,
+    lists,
+    partial,
+    heads,
+    query_length,
+    key_length,
+    scale,
+    dropout_p,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dQ of one tile of queries over its list of key blocks, or over a segment of it."""
+    PIECES: tl.constexpr = BLOCK // ROWS if BLOCK > ROWS else 1
+    alive, sample, head, pair, tile, entry_list, start, stop, slot = find_item(lists, heads, PIECES)
+    if not alive:
+        return
+    lane = tl.arange(0, ROWS)
+    query = tile * ROWS + lane
+    exists = query < query_length
+    row_lse = tl.load(lse + pair * query_length + query, mask=exists, other=float("inf"))
+    stop = tl.where(tl.min(row_lse, 0) < float("inf"), stop, start)
+    if KEY_MASK or CAUSAL:
+        first_block, last_block = 0, tl.cdiv(key_length, BLOCK)
+        if KEY_MASK:
+            first_block = tl.load(key_ends + sample * 2) // BLOCK
+            last_block = tl.cdiv(tl.load(key_ends + sample * 2 + 1), BLOCK)
+        if CAUSAL:
+            last_block = tl.minimum(last_block, tl.cdiv((tile + 1) * ROWS, BLOCK))
+        start, stop = narrow(entry_list, start, stop, first_block, last_block)
+    row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
+    b_q = load_rows(q, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
+    b_g = load_rows(grad, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
+        key, bits, valid = step_along(entry_list, start, stop, step, BLOCK, COLUMNS)
+        inside = valid & (key < key_length) if RAGGED else valid
+        b_k = load_rows(k, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
+        b_v = load_rows(v, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
+        s = dot(b_q, tl.trans(b_k), None, PRECISION) * (scale * LOG2_E_KERNEL)  # [ROWS, COLUMNS]
+        if KEY_MASK:
+            inside = real_tokens(key_mask, sample, key, inside, key_length)
+        if BIAS:
+            s += bias_tile(bias, sample, head, query[:, None], key[None, :], exists[:, None] & inside[None, :])
+        p = tl.exp2(s - row_lse[:, None])
+        if RAGGED or KEY_MASK or CAUSAL or BLOCK < COLUMNS or BLOCK < ROWS:
+            keep = tl.broadcast_to(inside[None, :], [ROWS, COLUMNS])
+            if BLOCK < ROWS:
+                keep = keep & keeps(bits[None, :], lane[:, None], BLOCK)
+            if CAUSAL:
+                keep = keep & (key[None, :] <= query[:, None])
+            p = tl.where(keep, p, 0.0)
+        d_p = dot(b_g, tl.trans(b_v), None, PRECISION)
+        if DROPOUT:
+            kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
+            d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
+        d_s = p * (d_p - row_delta[:, None])
+        acc = dot(d_s.to(b_k.dtype), b_k, acc, PRECISION)
+    acc = acc * scale
+    if slot >= 0:
+        store_partial(partial, slot, acc, ROWS, DIM)
+    else:
+        store_rows(d_q, sample, head, query, exists, acc, D, DIM)
+
+
+@triton.jit
+def _key_value_gradient_kernel(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    d_k,
+    d_v,
+    bias,
+    key_mask,
+    query_ends,
+    seed,
+    lists,
+    partial_k,
+    partial_v,
+    heads,
+    query_length,
+    key_length,
+    scale,
+    dropout_p,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    QUERY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dK and dV of one tile of keys over its list of query blocks; scores are held transposed, ``[COLUMNS, ROWS]``."""
+    PIECES: tl.constexpr = BLOCK // COLUMNS if BLOCK > COLUMNS else 1
+    alive, sample, head, pair, tile, entry_list, start, stop, slot = find_item(lists, heads, PIECES)
+    if not alive:
+        return
+    lane = tl.arange(0, COLUMNS)
+    key = tile * COLUMNS + lane
+    exists = key < key_length
+    real = exists
+    if KEY_MASK:
+        real = real_tokens(key_mask, sample, key, exists, key_length)
+        stop = tl.where(tl.max(real.to(tl.int32), 0) > 0, stop, start)
+    if QUERY_MASK or CAUSAL:
+        first_block, last_block = 0, tl.cdiv(query_length, BLOCK)
+        if QUERY_MASK:
+            first_block = tl.load(query_ends + sample * 2) // BLOCK
+            last_block = tl.cdiv(tl.load(query_ends + sample * 2 + 1), BLOCK)
+        if CAUSAL:
+            first_block = tl.maximum(first_block, tile * COLUMNS // BLOCK)
+        start, stop = narrow(entry_list, start, stop, first_block, last_block)
+    b_k = load_rows(k, sample, head, key, exists, D, DIM)  # [COLUMNS, DIM]
+    b_v = load_rows(v, sample, head, key, exists, D, DIM)  # [COLUMNS, DIM]
+    acc_k = tl.zeros([COLUMNS, DIM], tl.float32)
+    acc_v = tl.zeros([COLUMNS, DIM], tl.float32)
+    for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, ROWS), num_stages=STAGES):
+        query, bits, valid = step_along(entry_list, start, stop, step, BLOCK, ROWS)
+        inside = valid & (query < query_length) if RAGGED else valid
+        b_q = load_rows(q, sample, head, query, inside, D, DIM)  # [ROWS, DIM]
+        b_g = load_rows(grad, sample, head, query, inside, D, DIM)  # [ROWS, DIM]
+        row_lse = tl.load(lse + pair * query_length + query, mask=inside, other=float("inf"))
+        row_delta = tl.load(delta + pair * query_length + query, mask=inside, other=0.0)
+        s = dot(b_k, tl.trans(b_q), None, PRECISION) * (scale * LOG2_E_KERNEL)  # [COLUMNS, ROWS]
+        if BIAS:
+            s += bias_tile(bias, sample, head, query[None, :], key[:, None], exists[:, None] & inside[None, :])
+        p = tl.exp2(s - row_lse[None, :])
+        if CAUSAL or BLOCK < COLUMNS:
+            keep = tl.full([COLUMNS, ROWS], 1, tl.int1)
+            if BLOCK < COLUMNS:
+                keep = keep & keeps(bits[None, :], lane[:, None], BLOCK)
+            if CAUSAL:
+                keep = keep & (key[:, None] <= query[None, :])
+            p = tl.where(keep, p, 0.0)
+        d_p = dot(b_v, tl.trans(b_g), None, PRECISION)
+        dropped = p
+        if DROPOUT:
+            kept = dropout_keeps(seed, pair, query[None, :], key[:, None], dropout_p)
+            dropped = tl.where(kept, p / (1 - dropout_p), 0.0)
+            d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
+        acc_v = dot(dropped.to(b_g.dtype), b_g, acc_v, PRECISION)
+        d_s = p * (d_p - row_delta[None, :])
+        acc_k = dot(d_s.to(b_q.dtype), b_q, acc_k, PRECISION)
+    # A padded key's row is its own: what was computed for it went nowhere else.
+    acc_k = tl.where(real[:, None], acc_k * scale, 0.0)
+    acc_v = tl.where(real[:, None], acc_v, 0.0)
+    if slot >= 0:
+        store_partial(partial_k, slot, acc_k, COLUMNS, DIM)
+        store_partial(partial_v, slot, acc_v, COLUMNS, DIM)
+    else:
+        store_rows(d_k, sample, head, key, exists, acc_k, D, DIM)
+        store_rows(d_v, sample, head, key, exists, acc_v, D, DIM)
+
+
+@triton.jit
+def _bias_gradient_kernel(
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    delta,
+    d_bias,
+    bias,
+    mask,
+    mask_strides,
+    key_mask,
+    seed,
+    heads,
+    query_length,
+    key_length,
+    bias_heads,
+    own_tiles,
+    shared,
+    scale,
+    dropout_p,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    OVER_ROWS: tl.constexpr,
+    OVER_COLUMNS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of the bias gradient: dS, added over all that shares it.
+
+    ``own_tiles`` are the bias's own tiles of rows and of columns; ``shared`` says how many samples, heads, row tiles
+    and column tiles use each of its values. ``d_bias`` is contiguous.
+    """
+    samples_each, heads_each, rows_each, columns_each = shared
+    program = tl.program_id(0)
+    column_tile = program % own_tiles[1]
+    row_tile = program // own_tiles[1] % own_tiles[0]
+    own = program // (own_tiles[1] * own_tiles[0])
+    lane = tl.arange(0, TILE)
+    acc = tl.zeros([TILE, TILE], tl.float32)
+    for work in range(0, samples_each * heads_each * rows_each * columns_each):
+        sample = (own // bias_heads + work // (heads_each * rows_each * columns_each)).to(tl.int64)
+        head = (own % bias_heads + work // (rows_each * columns_each) % heads_each).to(tl.int64)
+        first_query = (row_tile + work // columns_each % rows_each) * TILE
+        first_key = (column_tile + work % columns_each) * TILE
+        block = head * mask_strides[0] + first_query // BLOCK * mask_strides[1] + first_key // BLOCK * mask_strides[2]
+        if tl.load(mask + block) != 0:
+            query, key = first_query + lane, first_key + lane
+            exists, inside = query < query_length, key < key_length
+            pair = sample * heads + head
+            b_q = load_rows(q, sample, head, query, exists, D, DIM)
+            b_g = load_rows(grad, sample, head, query, exists, D, DIM)
+            b_k = load_rows(k, sample, head, key, inside, D, DIM)
+            b_v = load_rows(v, sample, head, key, inside, D, DIM)
+            row_lse = tl.load(lse + pair * query_length + query, mask=exists, other=float("inf"))
+            row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
+            if KEY_MASK:
+                inside = real_tokens(key_mask, sample, key, inside, key_length)
+            keep = exists[:, None] & inside[None, :]
+            s = dot(b_q, tl.trans(b_k), None, PRECISION) * (scale * LOG2_E_KERNEL)
+            s += bias_tile(bias, sample, head, query[:, None], key[None, :], keep)
+            if CAUSAL:
+                keep = keep & (key[None, :] <= query[:, None])
+            p = tl.where(keep, tl.exp2(s - row_lse[:, None]), 0.0)
+            d_p = dot(b_g, tl.trans(b_v), None, PRECISION)
+            if DROPOUT:
+                kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
+                d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
+            acc += p * (d_p - row_delta[:, None])
+    row, column = row_tile * TILE + lane, column_tile * TILE + lane
+    rows, columns = query_length, key_length
+    if OVER_ROWS:
+        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [TILE, TILE])
+        rows = 1
+    if OVER_COLUMNS:
+        acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], [TILE, TILE])
+        columns = 1
+    address = d_bias + (own.to(tl.int64) * rows + row[:, None]) * columns + column[None, :]
+    tl.store(address, acc, mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+def _empty_gradients(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = bias.shape if bias is not None and bias_grad else (0,)
+    d_bias = query.new_empty(shape, dtype=torch.float32)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), d_bias
+
+
+@torch.library.custom_op("sat::block_attention_triton_backward", mutates_args=())
+@without_autocast
+def block_attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    block_size: int,
+    tiles: list[int],
+    index: list[Tensor],
+    key_padding_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    is_causal: bool,
+    precision: str,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to query, key, value and the bias (empty unless ``bias_grad``).
+
+    ``tiles`` and ``index`` are those of dQ, then those of dK and dV.
+    """
+    batch, heads, query_length, dim = query.shape
+    key_length, pairs = key.shape[2], batch * heads
+    d_query, d_key, d_value, d_bias = _empty_gradients(query, key, value, attn_bias, bias_grad)
+    key_mask, query_mask = real_bytes(key_padding_mask), real_bytes(query_padding_mask)
+    rows, columns = TileIndex(*index[:4]), TileIndex(*index[4:])
+    sizes = {"D": dim, "DIM": padded(dim)}
+    options = {
+        "BLOCK": block_size,
+        "BIAS": attn_bias is not None,
+        "KEY_MASK": key_mask is not None,
+        "CAUSAL": is_causal,
+        "DROPOUT": seed is not None,
+        "PRECISION": precision,
+        **sizes,
+    }
+    delta = torch.empty_like(lse)
+    launch(
+        _delta_kernel,
+        pairs * -(-query_length // DELTA_ROWS),
+        strided(out),
+        strided(grad),
+        delta,
+        heads,
+        query_length,
+        ROWS=DELTA_ROWS,
+        **sizes,
+    )
+    inputs = (strided(query), strided(key), strided(value), strided(grad), lse, delta)
+    numbers = (heads, query_length, key_length, scale, dropout_p)
+
+    shape = Tile(*tiles[:4])
+    partial = empty_partial(query, rows, block_size, shape.rows, shape.rows, padded(dim))
+    launch(
+        _query_gradient_kernel,
+        item_count(pairs, rows, block_size, shape.rows),
+        *inputs,
+        strided(d_query),
+        broadcast(attn_bias),
+        key_mask,
+        ends(key_mask)[0],
+        seed,
+        listed(rows),
+        partial,
+        *numbers,
+        ROWS=shape.rows,
+        COLUMNS=shape.columns,
+        RAGGED=key_length % block_size != 0,
+        STAGES=shape.stages,
+        num_warps=shape.warps,
+        **options,
+    )
+    sum_segments(d_query, partial, rows, block_size, shape.rows)
+
+    shape = Tile(*tiles[4:])
+    partial_k, partial_v = (
+        empty_partial(query, columns, block_size, shape.columns, shape.columns, padded(dim)) for _ in range(2)
+    )
+    launch(
+        _key_value_gradient_kernel,
+        item_count(pairs, columns, block_size, shape.columns),
+        *inputs,
+        strided(d_key),
+        strided(d_value),
+        broadcast(attn_bias),
+        key_mask,
+        ends(query_mask)[0],
+        seed,
+        listed(columns),
+        partial_k,
+        partial_v,
+        *numbers,
+        ROWS=shape.rows,
+        COLUMNS=shape.columns,
+        QUERY_MASK=query_mask is not None,
+        RAGGED=query_length % block_size != 0,
+        STAGES=shape.stages,
+        num_warps=shape.warps,
+        **options,
+    )
+    sum_segments(d_key, partial_k, columns, block_size, shape.columns)
+    sum_segments(d_value, partial_v, columns, block_size, shape.columns)
+
+    if bias_grad:
+        assert attn_bias is not None
+        size = min(block_size, BIAS_TILE)
+        tiles = [-(-length // size) for length in (query_length, key_length)]
+        own_tiles = [count if length > 1 else 1 for count, length in zip(tiles, attn_bias.shape[2:], strict=True)]
+        users = [batch // attn_bias.shape[0], heads // attn_bias.shape[1]]
+        users += [count // own for count, own in zip(tiles, own_tiles, strict=True)]
+        mask_strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1), mask.stride(2))
+        del options["BIAS"]
+        launch(
+            _bias_gradient_kernel,
+            attn_bias.shape[0] * attn_bias.shape[1] * own_tiles[0] * own_tiles[1],
+            *inputs,
+            d_bias,
+            broadcast(attn_bias),
+            mask.view(torch.uint8),
+            mask_strides,
+            key_mask,
+            seed,
+            heads,
+            query_length,
+            key_length,
+            attn_bias.shape[1],
+            tuple(own_tiles),
+            tuple(users),
+            scale,
+            dropout_p,
+            TILE=size,
+            OVER_ROWS=attn_bias.shape[2] == 1,
+            OVER_COLUMNS=attn_bias.shape[3] == 1,
+            **options,
+        )
+    return d_query, d_key, d_value, d_bias
+
+
+@block_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    block_size: int,
+    tiles: list[int],
+    index: list[Tensor],
+    key_padding_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    is_causal: bool,
+    precision: str,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(query, key, value, attn_bias, bias_grad)

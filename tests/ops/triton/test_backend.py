@@ -1,0 +1,190 @@
+# Which backend is taken, what is refused with which sentence, and what the lists and launch parameters hold.
+import itertools
+import json
+
+import pytest
+import torch
+
+from sat import ops
+from sat.layout import BlockLayout
+from sat.ops.triton import index, launch, parameters
+from tests.ops import oracle
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def call(name: str, dtype: torch.dtype = torch.float32, size: int = 16, dim: int = 8, **options):
+    query = torch.randn(1, 2, 2 * size, dim, device=DEVICE).to(dtype)
+    layout = BlockLayout(torch.ones(2, 2, 2, dtype=torch.bool, device=DEVICE), size)
+    values = torch.randn(1, 8, size, size, device=DEVICE).to(dtype)
+    return {
+        "attention": lambda: ops.block_sparse_attention(query, query, query, layout, **options),
+        "composed": lambda: ops.block_sparse_attention(query, query, query, layout, fused=False, **options),
+        "sddmm": lambda: ops.sddmm(query, query, layout, **options),
+        "sparse_softmax": lambda: ops.sparse_softmax(values, layout, **options),
+        "spmm": lambda: ops.spmm(values, query, layout, **options),
+        "matmul": lambda: ops.matmul(query, query, layout, "sdd", trans_b=True, **options),
+        "statistics": lambda: ops.attention_statistics(query, query, size, **options),
+    }[name]()
+
+
+NAMES = ["attention", "composed", "sddmm", "sparse_softmax", "spmm", "matmul", "statistics"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_case_that_the_kernels_do_not_cover_is_a_sentence(name):
+    with pytest.raises(
+        RuntimeError, match=r"backend='triton' cannot take this case: .*float16, got torch.float64; use"
+    ):
+        call(name, dtype=torch.float64, backend="triton")
+    with pytest.raises(RuntimeError, match="blocks of 16, 32, 64 and 128, got 24"):
+        call(name, size=24, backend="triton")
+    if name != "sparse_softmax":
+        for dim in (4, 300):
+            with pytest.raises(RuntimeError, match=f"head dimensions from 8 to 256, got {dim}"):
+                call(name, dim=dim, backend="triton")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_auto_takes_another_backend_for_such_a_case(name):
+    for options in ({"dtype": torch.float64}, {"size": 24}, {"dim": 4}):
+        call(name, **options)
+
+
+def test_on_a_cpu_the_kernels_need_the_interpreter(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert "set TRITON_INTERPRET=1" in launch.unsupported(CPU, torch.float32, 16, 8)
+    assert "tensors are on meta" in launch.unsupported(torch.device("meta"), torch.float32, 16, 8)
+
+
+def test_an_old_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    reason = launch.unsupported(torch.device("cuda"), torch.float16, 16, 64)
+    assert reason == "its kernels need compute capability 8.0 or newer, and Tesla T4 has 7.5"
+
+
+def test_without_the_package_triton(monkeypatch):
+    monkeypatch.setattr(ops, "triton", None)
+    with pytest.raises(RuntimeError, match="the package triton is not installed"):
+        call("attention", backend="triton")
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU nothing is interpreted")
+def test_on_a_cpu_auto_never_interprets(monkeypatch):
+    monkeypatch.setattr(ops.triton, "block_sparse_attention", None)
+    call("attention")
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="nothing is interpreted")
+def test_a_large_case_in_the_interpreter_warns(monkeypatch):
+    monkeypatch.setattr(ops.triton, "block_sparse_attention", lambda query, *_, **__: query)
+    query = torch.zeros(1, 1, 8192, 16)
+    layout = BlockLayout(torch.ones(64, 64, dtype=torch.bool), 128)
+    with pytest.warns(UserWarning, match="computes 67,108,864 scores one tile at a time: about 4 minutes"):
+        ops.block_sparse_attention(query, query, query, layout, backend="triton")
+
+
+def test_too_many_programs_are_refused_before_the_launch():
+    with pytest.raises(ValueError, match="needs 3,000,000,000 programs"):
+        launch.launch(None, 3_000_000_000)
+
+
+def test_precision_follows_pytorchs_switch():
+    assert launch.matrix_precision(torch.float32) == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launch.matrix_precision(torch.float32) == "tf32"
+        assert launch.matrix_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 13, 17), (3, 40, 40), (2, 64, 3), (2, 3, 64), (1, 1, 1)], ids=str)
+def test_lists_hold_each_groups_union(shape, group, transposed):
+    mask = torch.rand(shape) < 0.1
+    mask[:, :, shape[2] // 2] = True
+    mask[0, shape[1] // 2] = True
+    mask[-1, shape[1] - 1] = False
+    lists = index.tile_index(BlockLayout(mask.to(DEVICE), 16), 16 * group, 1, transposed=transposed)
+    entries, counts, segments, slots = (x.cpu() for x in lists)
+    own = mask.transpose(1, 2) if transposed else mask
+    for head in range(shape[0]):
+        for i, rows in enumerate(own[head].split(group)):
+            listed = entries[head, i, : counts[head, i]]
+            assert (listed & 2**24 - 1).tolist() == rows.any(0).nonzero()[:, 0].tolist()
+            for entry in listed.tolist():
+                kept = rows[:, entry & 2**24 - 1].tolist()
+                assert [bool(entry >> 24 + bit & 1) for bit in range(len(kept))] == kept
+            first, pieces = slots[head, i].tolist()
+            if pieces:
+                own_segments = segments[head, first : first + pieces]
+                assert (own_segments[:, 0] == i).all()
+                bounds = [own_segments[0, 1].item(), *own_segments[:, 2].tolist()]
+                assert own_segments[1:, 1].tolist() == bounds[1:-1]  # each begins where the one before it ends
+                assert (bounds[0], bounds[-1]) == (0, counts[head, i].item())
+                assert max(b - a for a, b in itertools.pairwise(bounds)) < counts[head, i]
+        used = slots[head, :, 1].sum()
+        assert (segments[head, used:, 0] == -1).all()
+
+
+def test_lists_are_made_once_and_never_cut_where_there_is_work_enough():
+    layout = BlockLayout(torch.ones(1, 64, 64, dtype=torch.bool, device=DEVICE), 16)
+    assert index.tile_index(layout, 16, 1) is index.tile_index(layout, 16, 1)
+    assert index.tile_index(layout, 16, 1).capacity > 0
+    assert index.tile_index(layout, 16, 1000).capacity == 0
+
+
+class TestParameters:
+    case = (64, 80, torch.bfloat16)
+
+    @pytest.fixture(autouse=True)
+    def file(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SAT_TUNING", str(tmp_path / "kept" / "tuned.json"))
+        monkeypatch.setattr(parameters, "_TUNED", {})
+        return tmp_path / "kept" / "tuned.json"
+
+    @pytest.mark.parametrize("kernel", [*parameters.ATTENTION_KERNELS, "sddmm", "softmax", "spmm"])
+    def test_there_are_some_for_every_case(self, kernel):
+        for size in launch.BLOCK_SIZES:
+            for dim in (8, 16, 64, 80, 128, 129, 256) if kernel != "softmax" else (16, 128):
+                for dtype in launch.DTYPES:
+                    for heavy in (False, True):
+                        tile = parameters.tile(kernel, size, dim, dtype, CPU, heavy)
+                        assert {tile.rows, tile.columns} <= {16, 32, 64, 128}
+
+    def test_measured_ones_take_their_place_on_that_gpu_only(self, monkeypatch, file):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU 1")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        device = torch.device("cuda")
+        default = parameters.tile("attention", *self.case, device)
+        measured = parameters.Tile(128, 32, 8, 4)
+        assert parameters.save_tuned("GPU 1", {parameters.case_name("attention", *self.case, False): measured}) == file
+        parameters.save_tuned("GPU 2", {})
+        assert parameters.tile("attention", *self.case, device) == measured
+        assert parameters.load_tuned()["GPU 1"] == {parameters.case_name("attention", *self.case, False): measured}
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU 2")
+        assert parameters.tile("attention", *self.case, device) == default
+
+    @pytest.mark.parametrize("content", ["{", "[1]", '{"GPU": {"case": [1, 2]}}', '{"GPU": {"case": [17, 64, 4, 2]}}'])
+    def test_a_file_that_holds_something_else_is_named(self, content, file):
+        file.parent.mkdir()
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"tuned\.json.*delete"):
+            parameters.load_tuned()
+
+    def test_the_file_is_readable(self, file):
+        parameters.save_tuned("GPU", {"a case": parameters.Tile(64, 64, 4, 2)})
+        assert json.loads(file.read_text()) == {"GPU": {"a case": [64, 64, 4, 2]}}
+
+
+def test_the_layouts_own_lists_follow_its_heads():
+    """Heads that share a layout walk one list."""
+    shared = oracle.random_layout(1, 4, 4, 16)
+    each = BlockLayout(shared.mask.expand(3, -1, -1).contiguous(), 16)
+    query = torch.randn(2, 3, 64, 8, device=DEVICE)
+    ours = [ops.block_sparse_attention(query, query, query, x.to(DEVICE), backend="triton") for x in (shared, each)]
+    assert torch.equal(*ours)
