@@ -17,7 +17,15 @@ from torch import Tensor
 from sat.ops.autocast import without_autocast
 from sat.ops.triton.index import TileIndex
 from sat.ops.triton.launch import launch, padded
-from sat.ops.triton.masking import bias_tile, dropout_keeps, ends, real_bytes
+from sat.ops.triton.masking import (
+    bias_tile,
+    bias_tiles,
+    bias_user,
+    dropout_keeps,
+    ends,
+    real_bytes,
+    store_bias_gradient,
+)
 from sat.ops.triton.parameters import Tile
 from sat.ops.triton.tiles import (
     LOG2_E_KERNEL,
@@ -37,9 +45,6 @@ from sat.ops.triton.tiles import (
     strided,
     sum_segments,
 )
-
-DELTA_ROWS = 64
-BIAS_TILE = 32
 
 
 @triton.jit
@@ -257,7 +262,7 @@ def _bias_gradient_kernel(
     key_length,
     bias_heads,
     own_tiles,
-    shared,
+    users,
     scale,
     dropout_p,
     BLOCK: tl.constexpr,
@@ -271,23 +276,12 @@ def _bias_gradient_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of the bias gradient: dS, added over all that shares it.
-
-    ``own_tiles`` are the bias's own tiles of rows and of columns; ``shared`` says how many samples, heads, row tiles
-    and column tiles use each of its values. ``d_bias`` is contiguous.
-    """
-    samples_each, heads_each, rows_each, columns_each = shared
-    program = tl.program_id(0)
-    column_tile = program % own_tiles[1]
-    row_tile = program // own_tiles[1] % own_tiles[0]
-    own = program // (own_tiles[1] * own_tiles[0])
+    """One tile of the bias gradient: dS, added in order over all that uses it, see ``bias_user``."""
     lane = tl.arange(0, TILE)
     acc = tl.zeros([TILE, TILE], tl.float32)
-    for work in range(0, samples_each * heads_each * rows_each * columns_each):
-        sample = (own // bias_heads + work // (heads_each * rows_each * columns_each)).to(tl.int64)
-        head = (own % bias_heads + work // (rows_each * columns_each) % heads_each).to(tl.int64)
-        first_query = (row_tile + work // columns_each % rows_each) * TILE
-        first_key = (column_tile + work % columns_each) * TILE
+    for work in range(0, users[0] * users[1] * users[2] * users[3]):
+        sample, head, row_tile, column_tile = bias_user(work, own_tiles, bias_heads, users)
+        first_query, first_key = row_tile * TILE, column_tile * TILE
         block = head * mask_strides[0] + first_query // BLOCK * mask_strides[1] + first_key // BLOCK * mask_strides[2]
         if tl.load(mask + block) != 0:
             query, key = first_query + lane, first_key + lane
@@ -312,16 +306,7 @@ def _bias_gradient_kernel(
                 kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
                 d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
             acc += p * (d_p - row_delta[:, None])
-    row, column = row_tile * TILE + lane, column_tile * TILE + lane
-    rows, columns = query_length, key_length
-    if OVER_ROWS:
-        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [TILE, TILE])
-        rows = 1
-    if OVER_COLUMNS:
-        acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], [TILE, TILE])
-        columns = 1
-    address = d_bias + (own.to(tl.int64) * rows + row[:, None]) * columns + column[None, :]
-    tl.store(address, acc, mask=(row < rows)[:, None] & (column < columns)[None, :])
+    store_bias_gradient(d_bias, acc, own_tiles, query_length, key_length, TILE, OVER_ROWS, OVER_COLUMNS)
 
 
 def _empty_gradients(
@@ -375,15 +360,16 @@ def block_attention_backward(
         **sizes,
     }
     delta = torch.empty_like(lse)
+    delta_rows = max(16, 4096 // padded(dim))  # what fits into registers
     launch(
         _delta_kernel,
-        pairs * -(-query_length // DELTA_ROWS),
+        pairs * -(-query_length // delta_rows),
         strided(out),
         strided(grad),
         delta,
         heads,
         query_length,
-        ROWS=DELTA_ROWS,
+        ROWS=delta_rows,
         **sizes,
     )
     inputs = (strided(query), strided(key), strided(value), strided(grad), lse, delta)
@@ -443,16 +429,13 @@ def block_attention_backward(
 
     if bias_grad:
         assert attn_bias is not None
-        size = min(block_size, BIAS_TILE)
-        tiles = [-(-length // size) for length in (query_length, key_length)]
-        own_tiles = [count if length > 1 else 1 for count, length in zip(tiles, attn_bias.shape[2:], strict=True)]
-        users = [batch // attn_bias.shape[0], heads // attn_bias.shape[1]]
-        users += [count // own for count, own in zip(tiles, own_tiles, strict=True)]
+        size = min(block_size, 32 if padded(dim) <= 64 else 16)
+        programs, own_tiles, users = bias_tiles(attn_bias.shape, batch, heads, (query_length, key_length), size)
         mask_strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1), mask.stride(2))
         del options["BIAS"]
         launch(
             _bias_gradient_kernel,
-            attn_bias.shape[0] * attn_bias.shape[1] * own_tiles[0] * own_tiles[1],
+            programs,
             *inputs,
             d_bias,
             broadcast(attn_bias),
@@ -464,13 +447,14 @@ def block_attention_backward(
             query_length,
             key_length,
             attn_bias.shape[1],
-            tuple(own_tiles),
-            tuple(users),
+            own_tiles,
+            users,
             scale,
             dropout_p,
             TILE=size,
             OVER_ROWS=attn_bias.shape[2] == 1,
             OVER_COLUMNS=attn_bias.shape[3] == 1,
+            num_warps=8,
             **options,
         )
     return d_query, d_key, d_value, d_bias

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,51 @@ def bias_tile(bias, sample, head, query, key, exists):
     """Bias of queries and keys that broadcast to a tile, in base 2."""
     address = bias[0] + sample * bias[1] + head * bias[2] + query.to(tl.int64) * bias[3] + key.to(tl.int64) * bias[4]
     return tl.load(address, mask=exists, other=0.0).to(tl.float32) * LOG2_E_KERNEL
+
+
+@triton.jit
+def bias_user(work, own_tiles, bias_heads, users):
+    """For a program that has one tile of a bias gradient: sample, head and tiles of its ``work``-th user.
+
+    ``own_tiles`` are the bias's own tiles of rows and of columns; ``users`` says how many samples, heads, row tiles and
+    column tiles use each of its values.
+    """
+    _, heads_each, rows_each, columns_each = users
+    program = tl.program_id(0)
+    own = program // (own_tiles[1] * own_tiles[0])
+    sample = own // bias_heads + work // (heads_each * rows_each * columns_each)
+    head = own % bias_heads + work // (rows_each * columns_each) % heads_each
+    row_tile = program // own_tiles[1] % own_tiles[0] + work // columns_each % rows_each
+    column_tile = program % own_tiles[1] + work % columns_each
+    return sample.to(tl.int64), head.to(tl.int64), row_tile, column_tile
+
+
+@triton.jit
+def store_bias_gradient(
+    d_bias,
+    acc,
+    own_tiles,
+    query_length,
+    key_length,
+    TILE: tl.constexpr,
+    OVER_ROWS: tl.constexpr,
+    OVER_COLUMNS: tl.constexpr,
+):
+    """Write a program's tile of the (contiguous) bias gradient, added up over what it broadcasts to."""
+    program = tl.program_id(0)
+    lane = tl.arange(0, TILE)
+    row = program // own_tiles[1] % own_tiles[0] * TILE + lane
+    column = program % own_tiles[1] * TILE + lane
+    rows, columns = query_length, key_length
+    if OVER_ROWS:
+        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [TILE, TILE])
+        rows = 1
+    if OVER_COLUMNS:
+        acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], [TILE, TILE])
+        columns = 1
+    own = (program // (own_tiles[1] * own_tiles[0])).to(tl.int64)
+    address = d_bias + (own * rows + row[:, None]) * columns + column[None, :]
+    tl.store(address, acc, mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 @triton.jit
@@ -44,6 +91,16 @@ def _ends_kernel(mask, ends, seen, length, CHUNK: tl.constexpr, COUNT: tl.conste
             count += tl.sum(real.to(tl.int32), 0)
     tl.store(ends + sample * 2, first)
     tl.store(ends + sample * 2 + 1, last)
+
+
+def bias_tiles(
+    bias_shape: Sequence[int], batch: int, heads: int, lengths: tuple[int, int], size: int
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Programs, own tiles and users (see :func:`bias_user`) of the gradient of a bias ``[B|1, H|1, L|1, S|1]``."""
+    tiles = [-(-length // size) for length in lengths]
+    own = [count if length > 1 else 1 for count, length in zip(tiles, bias_shape[2:], strict=True)]
+    users = (batch // bias_shape[0], heads // bias_shape[1], tiles[0] // own[0], tiles[1] // own[1])
+    return bias_shape[0] * bias_shape[1] * own[0] * own[1], tuple(own), users
 
 
 def real_bytes(mask: Tensor | None) -> Tensor | None:

@@ -27,6 +27,11 @@ class Tile(NamedTuple):
     stages: int  # steps of the loop whose loads are under way at a time
 
 
+def _same(*tiles: Tile) -> dict[int, tuple[Tile, Tile]]:
+    """Tiles by head dimension for a kernel that has no options."""
+    return {width: (tile, tile) for width, tile in zip((64, 128, 256), tiles, strict=False)}
+
+
 # By the padded head dimension (up to 64, 128, 256): a tile, and one for kernels with bias, dropout or pruned logits of
 # 0, which need registers of their own. "wide" is for blocks of 128. Half precisions; Hopper and newer, then older ones.
 _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
@@ -50,9 +55,11 @@ _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
         128: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
         256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
-    "sddmm": {64: (Tile(64, 64, 4, 3),) * 2, 128: (Tile(64, 64, 4, 2),) * 2, 256: (Tile(64, 64, 4, 2),) * 2},
-    "spmm": {64: (Tile(64, 64, 4, 3),) * 2, 128: (Tile(64, 64, 4, 2),) * 2, 256: (Tile(64, 32, 8, 2),) * 2},
-    "softmax": {64: (Tile(64, 64, 4, 1),) * 2, 128: (Tile(64, 64, 4, 1),) * 2},
+    "sddmm": _same(Tile(64, 128, 4, 3), Tile(64, 128, 4, 2), Tile(64, 64, 8, 2)),
+    "sddmm wide": _same(Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)),
+    "spmm": _same(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
+    "spmm wide": _same(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+    "softmax": _same(Tile(16, 128, 8, 1), Tile(16, 128, 8, 1)),
 }
 _HALF_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "attention wide": {128: (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3))},
@@ -66,9 +73,9 @@ _HALF_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {
 # float32, whose exact products are made without matrix units.
 _SINGLE: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "attention": {
-        64: (Tile(32, 32, 4, 2), Tile(16, 16, 4, 2)),
+        64: (Tile(32, 32, 4, 3), Tile(16, 16, 4, 2)),
         128: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-        256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+        256: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
     },
     "query_gradient": {
         64: (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2)),
@@ -76,20 +83,19 @@ _SINGLE: dict[str, dict[int, tuple[Tile, Tile]]] = {
         256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
     },
     "key_value_gradient": {
-        64: (Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
+        64: (Tile(16, 32, 4, 3), Tile(16, 16, 4, 2)),
         128: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
         256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
     },
-    "sddmm": {64: (Tile(32, 32, 4, 2),) * 2, 128: (Tile(32, 32, 4, 2),) * 2, 256: (Tile(32, 32, 4, 2),) * 2},
-    "spmm": {64: (Tile(32, 32, 4, 2),) * 2, 128: (Tile(32, 32, 4, 2),) * 2, 256: (Tile(32, 32, 4, 2),) * 2},
-    "softmax": {64: (Tile(32, 32, 4, 1),) * 2, 128: (Tile(32, 32, 4, 1),) * 2},
+    "sddmm": _same(Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
+    "spmm": _same(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
+    "softmax": _same(Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
 }
 
 
 def _default(kernel: str, block_size: int, dim: int, half: bool, newer: bool, heavy: bool) -> Tile:
     width = max(64, padded(dim))
     tables = [_SINGLE] if not half else [_HALF] if newer else [_HALF_OLDER, _HALF]
-    kernel = "spmm" if kernel == "spmm_transposed" else kernel
     for name in (f"{kernel} wide", kernel) if block_size == 128 else (kernel,):
         for table in tables:
             if width in table.get(name, {}):

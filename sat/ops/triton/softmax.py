@@ -16,7 +16,7 @@ from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
 from sat.ops.triton.index import TileIndex
 from sat.ops.triton.launch import launch
-from sat.ops.triton.masking import ends, real_bytes
+from sat.ops.triton.masking import bias_tiles, bias_user, ends, real_bytes, store_bias_gradient
 from sat.ops.triton.parameters import tile
 from sat.ops.triton.sddmm import block_number, numbered, value_addresses, value_index, values_along
 from sat.ops.triton.tiles import broadcast, listed, real_tokens, step_along, strided
@@ -234,30 +234,19 @@ def _bias_gradient_kernel(
     key_length,
     bias_heads,
     own_tiles,
-    shared,
+    users,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     OVER_ROWS: tl.constexpr,
     OVER_COLUMNS: tl.constexpr,
 ):
-    """One tile of the bias gradient: ``p * (dp - delta)``, added in order over all that shares it.
-
-    ``own_tiles`` are the bias's own tiles of rows and of columns; ``shared`` says how many samples, heads, row tiles
-    and column tiles use each of its values. ``d_bias`` is contiguous.
-    """
-    samples_each, heads_each, rows_each, columns_each = shared
-    program = tl.program_id(0)
-    column_tile = program % own_tiles[1]
-    row_tile = program // own_tiles[1] % own_tiles[0]
-    own = program // (own_tiles[1] * own_tiles[0])
+    """One tile of the bias gradient: ``p * (dp - delta)``, added in order over all that uses it, see ``bias_user``."""
     lane = tl.arange(0, TILE)
     acc = tl.zeros([TILE, TILE], tl.float32)
-    for work in range(0, samples_each * heads_each * rows_each * columns_each):
-        sample = (own // bias_heads + work // (heads_each * rows_each * columns_each)).to(tl.int64)
-        head = (own % bias_heads + work // (rows_each * columns_each) % heads_each).to(tl.int64)
-        query = (row_tile + work // columns_each % rows_each) * TILE + lane
-        key = (column_tile + work % columns_each) * TILE + lane
-        row, column = tl.min(query, 0) // BLOCK, tl.min(key, 0) // BLOCK
+    for work in range(0, users[0] * users[1] * users[2] * users[3]):
+        sample, head, row_tile, column_tile = bias_user(work, own_tiles, bias_heads, users)
+        query, key = row_tile * TILE + lane, column_tile * TILE + lane
+        row, column = row_tile * TILE // BLOCK, column_tile * TILE // BLOCK
         if tl.load(mask[0] + head * mask[1] + row.to(tl.int64) * mask[2] + column.to(tl.int64) * mask[3]) != 0:
             number = block_number(numbers, head, row, column) + tl.zeros([TILE], tl.int64)
             exists = query < query_length
@@ -266,16 +255,7 @@ def _bias_gradient_kernel(
             dp = tl.load(value_addresses(grad, sample, number, query % BLOCK, key % BLOCK)).to(tl.float32)
             place = delta + (sample * heads + head) * query_length + query
             acc += tl.where(keep, p * (dp - tl.load(place, mask=exists, other=0.0)[:, None]), 0.0)
-    row, column = row_tile * TILE + lane, column_tile * TILE + lane
-    rows, columns = query_length, key_length
-    if OVER_ROWS:
-        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [TILE, TILE])
-        rows = 1
-    if OVER_COLUMNS:
-        acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], [TILE, TILE])
-        columns = 1
-    address = d_bias + (own.to(tl.int64) * rows + row[:, None]) * columns + column[None, :]
-    tl.store(address, acc, mask=(row < rows)[:, None] & (column < columns)[None, :])
+    store_bias_gradient(d_bias, acc, own_tiles, query_length, key_length, TILE, OVER_ROWS, OVER_COLUMNS)
 
 
 @torch.library.custom_op("sat::sparse_softmax_triton", mutates_args=())
@@ -383,13 +363,11 @@ def block_softmax_backward(
     if bias_shape is None:
         return d_scores, d_bias
     size = min(block_size, BIAS_TILE)
-    tiles = [-(-length // size) for length in (query_length, key_length)]
-    own_tiles = [count if length > 1 else 1 for count, length in zip(tiles, bias_shape[2:], strict=True)]
-    users = [batch // bias_shape[0], num_heads // bias_shape[1]]
-    users += [count // own for count, own in zip(tiles, own_tiles, strict=True)]
+    lengths = (query_length, key_length)
+    programs, own_tiles, users = bias_tiles(bias_shape, batch, num_heads, lengths, size)
     launch(
         _bias_gradient_kernel,
-        bias_shape[0] * bias_shape[1] * own_tiles[0] * own_tiles[1],
+        programs,
         strided(weights),
         strided(grad),
         delta,
@@ -400,8 +378,8 @@ def block_softmax_backward(
         query_length,
         key_length,
         bias_shape[1],
-        tuple(own_tiles),
-        tuple(users),
+        own_tiles,
+        users,
         BLOCK=block_size,
         TILE=size,
         OVER_ROWS=bias_shape[2] == 1,

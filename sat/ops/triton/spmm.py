@@ -106,8 +106,7 @@ def block_spmm(
     nnz, block_size = weights.shape[1:3]
     out = _empty_output(value, output_length)
     lists = TileIndex(*(index[5:9] if transpose else index[1:5]))
-    kernel = "spmm_transposed" if transpose else "spmm"
-    shape = tile(kernel, block_size, dim, value.dtype, value.device)
+    shape = tile("spmm", block_size, dim, value.dtype, value.device)
     tile_rows = min(shape.rows, block_size)
     partial = empty_partial(value, lists, block_size, tile_rows, tile_rows, padded(dim))
     launch(

@@ -221,10 +221,11 @@ class Parameters(NamedTuple):
 
 
 def _parameters(head_dim: int, dtype: torch.dtype, precision: str, device: tuple[int, int]) -> Parameters:
-    """What was compiled without spills (a few bytes, in the odd variant) for compute capabilities 8.0, 9.0 and 10.0."""
+    """What was compiled without spills for compute capabilities 8.0, 9.0 and 10.0."""
     dim = padded(head_dim)
     if dtype == torch.float32:
-        return Parameters(64, dim if precision == "tf32" and dim in (64, 128) else 16 if dim <= 32 else 32, 8, 2)
+        part = dim if precision == "tf32" and dim in (64, 128) else min(dim, 32)
+        return Parameters(64, part, 8, 1 if dim <= 32 else 2)
     if 10 <= device[0] < 12 and dim in (64, 256):  # datacenter Blackwell
         return Parameters(64, dim, 4, 3) if dim == 64 else Parameters(64, dim, 8, 1)
     return Parameters(64, dim, 8, 3 if dim <= 64 else 2)
