@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -204,6 +205,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def save(arch: int, rows: list[dict[str, Any]]) -> Path:
+    """Write the table as ``experiments/results/kernels_smXX.json``, one row a line."""
+    head = record.environment() | {"triton": triton.__version__, "arch": arch, "columns": list(rows[0])}
+    head = {"command": f"python -m experiments.kernel_report --arch {arch}"} | head
+    lines = ",\n".join("  " + json.dumps(list(row.values())) for row in rows)
+    path = record.RESULTS / f"kernels_sm{arch}.json"
+    path.write_text(json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n')
+    return path
+
+
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,8 +240,7 @@ def main() -> int:
         print(table(rows))
         failed |= any(row["broken"] for row in rows)
         if len(cases) == len(every_case()):
-            path = record.save(f"kernels_sm{arch}", "python -m experiments.kernel_report", {"arch": arch, "rows": rows})
-            print(f"written to {path}")
+            print(f"written to {save(arch, rows)}")
         else:
             print("not written: only the whole table is")
     return int(failed)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 # Before anything imports these libraries, because they read their environment once; subprocesses inherit it.
 os.environ["MPLBACKEND"] = "Agg"
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[name] = "1"
+# Asking whether there is a GPU must not touch it: processes that are forked later could not use it.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 # Without it, cuBLAS warns about every matrix product while deterministic algorithms are on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Triton's kernels run on the CPU where there is no GPU to run them. Asked without CUDA being initialised.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Before anything imports Triton: where there is no GPU to run its kernels, they are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

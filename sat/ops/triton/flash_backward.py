@@ -429,7 +429,7 @@ def block_attention_backward(
 
     if bias_grad:
         assert attn_bias is not None
-        size = min(block_size, 32 if padded(dim) <= 64 else 16)
+        size = min(block_size, 32 if padded(dim) <= 64 and query.dtype != torch.float32 else 16)
         programs, own_tiles, users = bias_tiles(attn_bias.shape, batch, heads, (query_length, key_length), size)
         mask_strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1), mask.stride(2))
         del options["BIAS"]

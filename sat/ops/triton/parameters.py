@@ -33,7 +33,7 @@ def _same(*tiles: Tile) -> dict[int, tuple[Tile, Tile]]:
 
 
 # By the padded head dimension (up to 64, 128, 256): a tile, and one for kernels with bias, dropout or pruned logits of
-# 0, which need registers of their own. "wide" is for blocks of 128. Half precisions; Hopper and newer, then older ones.
+# 0, which need registers of their own. "wide" is for blocks of 128. First Hopper in half precisions, then what differs.
 _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "attention": {
         64: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
@@ -70,6 +70,13 @@ _HALF_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {
     },
     "key_value_gradient": {64: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2))},
 }
+_HALF_BLACKWELL: dict[str, dict[int, tuple[Tile, Tile]]] = {
+    "attention": {128: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3))},
+    "query_gradient wide": {64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2))},
+    "key_value_gradient": {128: (Tile(16, 64, 8, 2), Tile(32, 32, 8, 2))},
+    "sddmm": {256: (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))},
+    "sddmm wide": {256: (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))},
+}
 # float32, whose exact products are made without matrix units.
 _SINGLE: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "attention": {
@@ -78,12 +85,12 @@ _SINGLE: dict[str, dict[int, tuple[Tile, Tile]]] = {
         256: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
     },
     "query_gradient": {
-        64: (Tile(32, 32, 4, 2), Tile(32, 16, 4, 2)),
-        128: (Tile(32, 16, 4, 2), Tile(32, 16, 4, 2)),
+        64: (Tile(32, 32, 8, 2), Tile(32, 16, 4, 2)),
+        128: (Tile(32, 16, 4, 3), Tile(32, 16, 4, 3)),
         256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
     },
     "key_value_gradient": {
-        64: (Tile(16, 32, 4, 3), Tile(16, 16, 4, 2)),
+        64: (Tile(16, 32, 4, 3), Tile(16, 16, 4, 3)),
         128: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
         256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
     },
@@ -93,9 +100,11 @@ _SINGLE: dict[str, dict[int, tuple[Tile, Tile]]] = {
 }
 
 
-def _default(kernel: str, block_size: int, dim: int, half: bool, newer: bool, heavy: bool) -> Tile:
+def _default(kernel: str, block_size: int, dim: int, half: bool, major: int, heavy: bool) -> Tile:
     width = max(64, padded(dim))
-    tables = [_SINGLE] if not half else [_HALF] if newer else [_HALF_OLDER, _HALF]
+    # Blackwell's consumer cards are 12.x, and have the matrix units and the shared memory of older ones.
+    differing = {9: {}, 10: _HALF_BLACKWELL}.get(major, _HALF_OLDER)
+    tables = [differing, _HALF] if half else [_SINGLE]
     for name in (f"{kernel} wide", kernel) if block_size == 128 else (kernel,):
         for table in tables:
             if width in table.get(name, {}):
@@ -162,7 +171,7 @@ def tile(kernel: str, block_size: int, dim: int, dtype: torch.dtype, device: tor
         found = _TUNED.get(torch.cuda.get_device_name(device), {}).get(case)
         if found is not None:
             return found
-    return _default(kernel, block_size, dim, dtype.itemsize == 2, capability(device)[0] in (9, 10), heavy)
+    return _default(kernel, block_size, dim, dtype.itemsize == 2, capability(device)[0], heavy)
 
 
 # The kernels of fused attention, in the order of their tiles in ``attention_tiles``.

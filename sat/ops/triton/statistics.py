@@ -23,7 +23,7 @@ from sat.ops.autocast import without_autocast
 from sat.ops.moments import skewness_from_moments
 from sat.ops.torch_operations import _block_areas
 from sat.ops.triton.launch import LOG2_E, capability, launch, matrix_precision, padded
-from sat.ops.triton.masking import real_bytes
+from sat.ops.triton.masking import ends, real_bytes
 from sat.ops.triton.tiles import dot, real_tokens, strided
 
 
@@ -66,6 +66,7 @@ def _logsumexp_kernel(
     q,
     k,
     key_mask,
+    key_ends,
     query_mask,
     heads,
     query_length,
@@ -96,13 +97,17 @@ def _logsumexp_kernel(
     if QUERY_MASK:
         real = real_tokens(query_mask, sample, query, exists, query_length)
         stop = tl.where(tl.max(real.to(tl.int32), 0) > 0, stop, 0)
+    start = 0
+    if KEY_MASK:  # tiles of padding at either end are not visited
+        start = tl.load(key_ends + sample * 2) // COLUMNS * COLUMNS
+        stop = tl.minimum(stop, tl.load(key_ends + sample * 2 + 1))
     if PART >= D:
         b_q = _load_part(q, sample, head, query, exists, 0, D, PART)  # [ROWS, PART]
 
     m = tl.full([ROWS], -float("inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
-    for start in tl.range(0, stop, COLUMNS, num_stages=STAGES):
-        key = start + tl.arange(0, COLUMNS)
+    for first in tl.range(start, stop, COLUMNS, num_stages=STAGES):
+        key = first + tl.arange(0, COLUMNS)
         keep = key < key_length
         if PART >= D:
             b_k = _load_part(k, sample, head, key, keep, 0, D, PART)  # [COLUMNS, PART]
@@ -224,11 +229,14 @@ def _parameters(head_dim: int, dtype: torch.dtype, precision: str, device: tuple
     """What was compiled without spills for compute capabilities 8.0, 9.0 and 10.0."""
     dim = padded(head_dim)
     if dtype == torch.float32:
-        part = dim if precision == "tf32" and dim in (64, 128) else min(dim, 32)
-        return Parameters(64, part, 8, 1 if dim <= 32 else 2)
-    if 10 <= device[0] < 12 and dim in (64, 256):  # datacenter Blackwell
-        return Parameters(64, dim, 4, 3) if dim == 64 else Parameters(64, dim, 8, 1)
-    return Parameters(64, dim, 8, 3 if dim <= 64 else 2)
+        if dim <= 32:
+            return Parameters(64, dim, 8, 1)
+        if precision == "tf32" and dim <= 128:
+            return Parameters(64, dim, 8, 2)
+        return Parameters(64, 32, 8, 2) if device[0] == 9 else Parameters(32, 16, 4, 2)
+    if device[0] == 10:
+        return Parameters(64, dim, 8, 1 if dim in (64, 256) else 3 if dim <= 64 else 2)
+    return Parameters(64, dim, 8, 3 if dim == 64 or (dim < 64 and device[0] == 9) else 2)
 
 
 @torch.library.custom_op("sat::attention_statistics_triton", mutates_args=())
@@ -277,6 +285,7 @@ def attention_statistics(
             strided(query),
             strided(key),
             key_mask,
+            ends(key_mask)[0],
             query_mask,
             heads,
             query_length,
