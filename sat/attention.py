@@ -76,6 +76,9 @@ class AdaptiveAttention(nn.Module):
     def set_layout(self, layout: BlockLayout | None) -> None:
         """Go on sparsely with a layout of H heads or one that all share; None: go on densely.
 
+        Use this, or ``load_state_dict``: what else writes to the buffer ``layout_mask`` may not be noticed
+        (``.data``, or a broadcast between processes, which is right only if all had the same layout before).
+
         Raises:
             ValueError: the layout has another block size, number of heads or of blocks.
         """
@@ -168,6 +171,10 @@ class AdaptiveAttention(nn.Module):
         if self._current is None or self._current[0] != state:
             self._current = state, BlockLayout(mask, self.block_size)
         return self._current[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a copy is to derive from its own buffer does not travel.
+        return super().__getstate__() | {"_current": None}
 
     def _observe(
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None

@@ -57,6 +57,11 @@ def _choose_backend(backend: str, x: Tensor, block_size: int, head_dim: int | No
     return "triton" if reason is None else "torch"
 
 
+def _is_interpreted() -> bool:
+    """Whether Triton's kernels will run in its interpreter, and not only be traced."""
+    return triton.INTERPRETED and not torch.compiler.is_compiling()
+
+
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -110,6 +115,7 @@ def block_sparse_attention(
     checks.check_padding("query_padding_mask", query_padding_mask, batch, query_length, query.device)
     attn_bias = checks.check_bias(attn_bias, (batch, heads, query_length, key_length), query.device)
     checks.check_probability("dropout_p", dropout_p)
+    checks.check_scale(scale)
     checks.check_choice("pruned", pruned, ("drop", "zero"))
     backend_name = _choose_backend(backend, query, layout.block_size, head_dim)
     scale = head_dim**-0.5 if scale is None else scale
@@ -145,7 +151,8 @@ def block_sparse_attention(
             pruned=pruned,
         )
     if backend_name == "triton":
-        triton.warn_if_slow(batch * _total_blocks(layout, query) * layout.block_size**2)
+        if _is_interpreted():
+            triton.warn_if_slow(batch * _total_blocks(layout, query) * layout.block_size**2)
         return triton.block_sparse_attention(
             query,
             key,
@@ -197,7 +204,8 @@ def sddmm(query: Tensor, key: Tensor, layout: BlockLayout, *, backend: Backend =
     if chosen == "reference":
         return reference.sddmm(query, key, layout)
     if chosen == "triton":
-        triton.warn_if_slow(len(query) * _total_blocks(layout, query) * layout.block_size**2)
+        if _is_interpreted():
+            triton.warn_if_slow(len(query) * _total_blocks(layout, query) * layout.block_size**2)
         return triton.sddmm(query, key, layout, -torch.inf)
     return torch_operations.sddmm(query, key, layout.mask, _total_blocks(layout, query), layout.block_size, -torch.inf)
 
@@ -238,6 +246,7 @@ def sparse_softmax(
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
     num_heads = checks.check_values("scores", scores, layout, num_heads)
+    checks.check_scale(scale)
     checks.check_choice("pruned", pruned, ("drop", "zero"))
     size, batch = layout.block_size, scores.shape[0]
     bias_lengths = (1, 1, *attn_bias.shape)[-2:] if isinstance(attn_bias, Tensor) else (1, 1)
@@ -252,7 +261,7 @@ def sparse_softmax(
     attn_bias = checks.check_bias(attn_bias, (batch, num_heads, query_length, key_length), scores.device)
     chosen = _choose_backend(backend, scores, size)
     if chosen != "torch":
-        if chosen == "triton":
+        if chosen == "triton" and _is_interpreted():
             triton.warn_if_slow(scores.numel())
         return (triton if chosen == "triton" else reference).sparse_softmax(
             scores,
@@ -324,7 +333,8 @@ def spmm(
     if chosen == "reference":
         return reference.spmm(weights, value, layout, transpose=transpose, output_length=output_length)
     if chosen == "triton":
-        triton.warn_if_slow(weights.numel())
+        if _is_interpreted():
+            triton.warn_if_slow(weights.numel())
         return triton.spmm(weights, value, layout, transpose, output_length)
     return torch_operations.spmm(weights, value, layout.mask, transpose, output_length)
 
@@ -409,6 +419,7 @@ def attention_statistics(
         raise ValueError(f"block_size must be a whole number of at least 1, got {block_size!r}")
     checks.check_padding("key_padding_mask", key_padding_mask, batch, key.shape[2], query.device)
     checks.check_padding("query_padding_mask", query_padding_mask, batch, query_length, query.device)
+    checks.check_scale(scale)
     scale = head_dim**-0.5 if scale is None else scale
     query, key = query.detach(), key.detach()
     if logsumexp is not None:
@@ -427,7 +438,8 @@ def attention_statistics(
         )
     options = (query, key, block_size, key_padding_mask, query_padding_mask, is_causal, scale, score_matrix)
     if chosen == "triton":
-        triton.warn_if_slow(query.shape[:3].numel() * key.shape[2])
+        if _is_interpreted():
+            triton.warn_if_slow(query.shape[:3].numel() * key.shape[2])
         pooled, skewness, matrix = triton.attention_statistics(*options, logsumexp)
     else:
         pooled, skewness, matrix = torch_operations.attention_statistics(*options)

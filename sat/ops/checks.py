@@ -89,7 +89,7 @@ def check_bias(bias: Tensor | None, shape: tuple[int, int, int, int], device: to
     if bias is None:
         return None
     _check_tensor("attn_bias", bias)
-    if not bias.is_floating_point():
+    if bias.dtype not in DTYPES:
         hint = "; pass what may be attended to as key_padding_mask, is_causal or the layout" * (
             bias.dtype == torch.bool
         )
@@ -128,6 +128,15 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_scale(scale: float | None) -> None:
+    """A number, or None."""
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise TypeError(
+            f"scale must be a number, got {type(scale).__name__}; a factor that is learned goes into the query: "
+            f"query * factor"
+        )
+
+
 def check_probability(name: str, value: float) -> None:
     """A number in [0, 1)."""
     if not 0 <= value < 1:
@@ -147,5 +156,11 @@ def check_values(name: str, values: Tensor, layout: BlockLayout, num_heads: int 
         raise ValueError(
             f"{name} must hold the kept blocks of the layout, [batch, {', '.join(map(str, expected))}], got "
             f"{shape_text(values)}"
+        )
+    if values.shape[0] == 0:
+        raise ValueError(f"{name} is empty: its shape is {shape_text(values)}, the batch must be at least 1")
+    if layout.device != values.device:
+        raise ValueError(
+            f"the layout is on {layout.device} but {name} is on {values.device}; use layout.to({values.device})"
         )
     return num_heads

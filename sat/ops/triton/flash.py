@@ -51,7 +51,11 @@ def _permitted(seen, sample, query, key_length, KEY_MASK: tl.constexpr, CAUSAL: 
 
 @triton.jit
 def _finish(acc, pivot, norm, kept, permitted, COUNT_PRUNED: tl.constexpr):
-    """Context and log-sum-exp (base 2) of rows from the sums over their keys; rows without a key give 0 and +inf."""
+    """Context of rows from the sums over their keys, and their log-sum-exp in two parts, both in base 2.
+
+    These are the largest score and the logarithm of the sum of exponentials relative to it: added up, a large score (a
+    bias of -1e9 that masks a whole row) would swallow the second. Rows without a key give 0, +inf and 0.
+    """
     dead = norm == 0.0
     if COUNT_PRUNED:
         # Each permitted key outside the layout is one more logit of 0.
@@ -63,7 +67,7 @@ def _finish(acc, pivot, norm, kept, permitted, COUNT_PRUNED: tl.constexpr):
         norm = norm * factor + pruned * tl.exp2(-tl.maximum(highest, 0.0))
         pivot = highest
     norm = tl.where(dead, 1.0, norm)
-    return acc / norm[:, None], tl.where(dead, float("inf"), pivot + tl.log2(norm))
+    return acc / norm[:, None], tl.where(dead, float("inf"), pivot), tl.log2(norm)
 
 
 @triton.jit
@@ -93,13 +97,15 @@ def _store_context(
     permitted = kept
     if COUNT_PRUNED:
         permitted = _permitted(seen, sample, query, key_length, KEY_MASK, CAUSAL)
-    context, row_lse = _finish(acc, pivot, norm, kept, permitted, COUNT_PRUNED)
+    context, pivot, log_norm = _finish(acc, pivot, norm, kept, permitted, COUNT_PRUNED)
     if QUERY_MASK:
         real = real_tokens(query_mask, sample, query, exists, query_length)
         context = tl.where(real[:, None], context, 0.0)
-        row_lse = tl.where(real, row_lse, float("inf"))
+        pivot = tl.where(real, pivot, float("inf"))
     store_rows(out, sample, head, query, exists, context, D, DIM)
-    tl.store(lse + pair * query_length + query, row_lse, mask=exists)
+    place = lse + (pair * query_length + query) * 2
+    tl.store(place, pivot, mask=exists)
+    tl.store(place + 1, log_norm, mask=exists)
 
 
 @triton.jit
@@ -293,7 +299,7 @@ def _join_kernel(
 
 
 def _empty_context(query: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return torch.empty_like(query), query.new_empty(*query.shape[:3], 2, dtype=torch.float32)
 
 
 @torch.library.custom_op("sat::block_attention_triton", mutates_args=())
@@ -316,7 +322,7 @@ def block_attention(
     count_pruned: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass: the context ``[B, H, L, D]`` and the log-sum-exp of each row ``[B, H, L]``, in base 2.
+    """Forward pass: the context ``[B, H, L, D]`` and each row's log-sum-exp ``[B, H, L, 2]``, see ``_finish``.
 
     ``mask`` is ``[H|1, M, N]``; ``tiles`` and ``index`` are those of forward pass, dQ, dK and dV, one after the other.
     The arguments have been checked by :mod:`sat.ops`.

@@ -2,7 +2,7 @@
 
 The weights are made again from their log-sum-exp. dQ walks the lists of rows, dK and dV walk the lists of columns:
 every number has one program that writes it, nothing is added atomically, and results are repeatable bit for bit.
-Queries without a key, and padded ones, have a log-sum-exp of +inf, which makes their weights 0.
+Queries without a key, and padded ones, have a largest score of +inf, which makes their weights 0.
 
 Names and shapes are those of :mod:`sat.ops.triton.flash`.
 """
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from sat.ops.autocast import without_autocast
 from sat.ops.triton.index import TileIndex
-from sat.ops.triton.launch import launch, padded
+from sat.ops.triton.launch import LOG2_E, launch, padded
 from sat.ops.triton.masking import (
     bias_tile,
     bias_tiles,
     bias_user,
+    count_users,
     dropout_keeps,
     ends,
     real_bytes,
@@ -28,7 +29,6 @@ from sat.ops.triton.masking import (
 )
 from sat.ops.triton.parameters import Tile
 from sat.ops.triton.tiles import (
-    LOG2_E_KERNEL,
     broadcast,
     dot,
     empty_partial,
@@ -36,6 +36,7 @@ from sat.ops.triton.tiles import (
     item_count,
     keeps,
     listed,
+    load_lse,
     load_rows,
     narrow,
     real_tokens,
@@ -78,6 +79,7 @@ def _query_gradient_kernel(
     query_length,
     key_length,
     scale,
+    scale_log2,
     dropout_p,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -100,8 +102,8 @@ def _query_gradient_kernel(
     lane = tl.arange(0, ROWS)
     query = tile * ROWS + lane
     exists = query < query_length
-    row_lse = tl.load(lse + pair * query_length + query, mask=exists, other=float("inf"))
-    stop = tl.where(tl.min(row_lse, 0) < float("inf"), stop, start)
+    pivot, log_norm = load_lse(lse, pair, query, query_length, exists)
+    stop = tl.where(tl.max((pivot != float("inf")).to(tl.int32), 0) > 0, stop, start)
     if KEY_MASK or CAUSAL:
         first_block, last_block = 0, tl.cdiv(key_length, BLOCK)
         if KEY_MASK:
@@ -119,12 +121,12 @@ def _query_gradient_kernel(
         inside = valid & (key < key_length) if RAGGED else valid
         b_k = load_rows(k, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
         b_v = load_rows(v, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
-        s = dot(b_q, tl.trans(b_k), None, PRECISION) * (scale * LOG2_E_KERNEL)  # [ROWS, COLUMNS]
+        s = dot(b_q, tl.trans(b_k), None, PRECISION) * scale_log2  # [ROWS, COLUMNS]
         if KEY_MASK:
             inside = real_tokens(key_mask, sample, key, inside, key_length)
         if BIAS:
             s += bias_tile(bias, sample, head, query[:, None], key[None, :], exists[:, None] & inside[None, :])
-        p = tl.exp2(s - row_lse[:, None])
+        p = tl.exp2((s - pivot[:, None]) - log_norm[:, None])
         if RAGGED or KEY_MASK or CAUSAL or BLOCK < COLUMNS or BLOCK < ROWS:
             keep = tl.broadcast_to(inside[None, :], [ROWS, COLUMNS])
             if BLOCK < ROWS:
@@ -166,6 +168,7 @@ def _key_value_gradient_kernel(
     query_length,
     key_length,
     scale,
+    scale_log2,
     dropout_p,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -189,7 +192,6 @@ def _key_value_gradient_kernel(
     lane = tl.arange(0, COLUMNS)
     key = tile * COLUMNS + lane
     exists = key < key_length
-    real = exists
     if KEY_MASK:
         real = real_tokens(key_mask, sample, key, exists, key_length)
         stop = tl.where(tl.max(real.to(tl.int32), 0) > 0, stop, start)
@@ -210,12 +212,12 @@ def _key_value_gradient_kernel(
         inside = valid & (query < query_length) if RAGGED else valid
         b_q = load_rows(q, sample, head, query, inside, D, DIM)  # [ROWS, DIM]
         b_g = load_rows(grad, sample, head, query, inside, D, DIM)  # [ROWS, DIM]
-        row_lse = tl.load(lse + pair * query_length + query, mask=inside, other=float("inf"))
+        pivot, log_norm = load_lse(lse, pair, query, query_length, inside)
         row_delta = tl.load(delta + pair * query_length + query, mask=inside, other=0.0)
-        s = dot(b_k, tl.trans(b_q), None, PRECISION) * (scale * LOG2_E_KERNEL)  # [COLUMNS, ROWS]
+        s = dot(b_k, tl.trans(b_q), None, PRECISION) * scale_log2  # [COLUMNS, ROWS]
         if BIAS:
             s += bias_tile(bias, sample, head, query[None, :], key[:, None], exists[:, None] & inside[None, :])
-        p = tl.exp2(s - row_lse[None, :])
+        p = tl.exp2((s - pivot[None, :]) - log_norm[None, :])
         if CAUSAL or BLOCK < COLUMNS:
             keep = tl.full([COLUMNS, ROWS], 1, tl.int1)
             if BLOCK < COLUMNS:
@@ -232,9 +234,13 @@ def _key_value_gradient_kernel(
         acc_v = dot(dropped.to(b_g.dtype), b_g, acc_v, PRECISION)
         d_s = p * (d_p - row_delta[None, :])
         acc_k = dot(d_s.to(b_q.dtype), b_q, acc_k, PRECISION)
-    # A padded key's row is its own: what was computed for it went nowhere else.
-    acc_k = tl.where(real[:, None], acc_k * scale, 0.0)
-    acc_v = tl.where(real[:, None], acc_v, 0.0)
+    acc_k = acc_k * scale
+    if KEY_MASK:
+        # A padded key's row is its own: what was computed for it went nowhere else. The mask is read again, because
+        # registers are what this kernel is shortest of.
+        real = real_tokens(key_mask, sample, key, exists, key_length)
+        acc_k = tl.where(real[:, None], acc_k, 0.0)
+        acc_v = tl.where(real[:, None], acc_v, 0.0)
     if slot >= 0:
         store_partial(partial_k, slot, acc_k, COLUMNS, DIM)
         store_partial(partial_v, slot, acc_v, COLUMNS, DIM)
@@ -263,7 +269,7 @@ def _bias_gradient_kernel(
     bias_heads,
     own_tiles,
     users,
-    scale,
+    scale_log2,
     dropout_p,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -279,11 +285,11 @@ def _bias_gradient_kernel(
     """One tile of the bias gradient: dS, added in order over all that uses it, see ``bias_user``."""
     lane = tl.arange(0, TILE)
     acc = tl.zeros([TILE, TILE], tl.float32)
-    for work in range(0, users[0] * users[1] * users[2] * users[3]):
+    for work in range(0, count_users(users)):
         sample, head, row_tile, column_tile = bias_user(work, own_tiles, bias_heads, users)
         first_query, first_key = row_tile * TILE, column_tile * TILE
-        block = head * mask_strides[0] + first_query // BLOCK * mask_strides[1] + first_key // BLOCK * mask_strides[2]
-        if tl.load(mask + block) != 0:
+        row, column = (first_query // BLOCK).to(tl.int64), (first_key // BLOCK).to(tl.int64)
+        if tl.load(mask + head * mask_strides[0] + row * mask_strides[1] + column * mask_strides[2]) != 0:
             query, key = first_query + lane, first_key + lane
             exists, inside = query < query_length, key < key_length
             pair = sample * heads + head
@@ -291,16 +297,16 @@ def _bias_gradient_kernel(
             b_g = load_rows(grad, sample, head, query, exists, D, DIM)
             b_k = load_rows(k, sample, head, key, inside, D, DIM)
             b_v = load_rows(v, sample, head, key, inside, D, DIM)
-            row_lse = tl.load(lse + pair * query_length + query, mask=exists, other=float("inf"))
+            pivot, log_norm = load_lse(lse, pair, query, query_length, exists)
             row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
             if KEY_MASK:
                 inside = real_tokens(key_mask, sample, key, inside, key_length)
             keep = exists[:, None] & inside[None, :]
-            s = dot(b_q, tl.trans(b_k), None, PRECISION) * (scale * LOG2_E_KERNEL)
+            s = dot(b_q, tl.trans(b_k), None, PRECISION) * scale_log2
             s += bias_tile(bias, sample, head, query[:, None], key[None, :], keep)
             if CAUSAL:
                 keep = keep & (key[None, :] <= query[:, None])
-            p = tl.where(keep, tl.exp2(s - row_lse[:, None]), 0.0)
+            p = tl.where(keep, tl.exp2((s - pivot[:, None]) - log_norm[:, None]), 0.0)
             d_p = dot(b_g, tl.trans(b_v), None, PRECISION)
             if DROPOUT:
                 kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
@@ -359,7 +365,7 @@ def block_attention_backward(
         "PRECISION": precision,
         **sizes,
     }
-    delta = torch.empty_like(lse)
+    delta = query.new_empty(query.shape[:3], dtype=torch.float32)
     delta_rows = max(16, 4096 // padded(dim))  # what fits into registers
     launch(
         _delta_kernel,
@@ -373,7 +379,7 @@ def block_attention_backward(
         **sizes,
     )
     inputs = (strided(query), strided(key), strided(value), strided(grad), lse, delta)
-    numbers = (heads, query_length, key_length, scale, dropout_p)
+    numbers = (heads, query_length, key_length, scale, scale * LOG2_E, dropout_p)
 
     shape = Tile(*tiles[:4])
     partial = empty_partial(query, rows, block_size, shape.rows, shape.rows, padded(dim))
@@ -449,7 +455,7 @@ def block_attention_backward(
             attn_bias.shape[1],
             own_tiles,
             users,
-            scale,
+            scale * LOG2_E,
             dropout_p,
             TILE=size,
             OVER_ROWS=attn_bias.shape[2] == 1,

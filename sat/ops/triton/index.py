@@ -12,7 +12,8 @@ these in order, so that results stay repeatable bit for bit.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -200,6 +201,24 @@ def _(mask: Tensor, group: int, transposed: bool, cut: bool) -> tuple[Tensor, Te
     return _empty_index(mask.transpose(1, 2) if transposed else mask, group, cut)
 
 
+def kept_with(layout: BlockLayout, key: object, make: Callable[[], Any]) -> Any:
+    """What ``make`` makes of a layout's mask, on first use; from then on what is kept with the layout.
+
+    In a compiled or captured graph it is made anew each time: the graph must see a mask that changes, and must not
+    point into memory that a layout may give back.
+    """
+    if torch.compiler.is_compiling() or (layout.mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return make()
+    if key in layout.derived:
+        return layout.derived[key]
+    with torch.inference_mode(False):  # made in evaluation, it must do for training
+        made = make()
+    # Tensors of another type only stand for real ones, in tracing.
+    if all(type(x) is Tensor for x in (made if isinstance(made, tuple) else (made,))):
+        layout.derived[key] = made
+    return made
+
+
 def tile_index(layout: BlockLayout, rows_per_tile: int, pairs: int, *, transposed: bool = False) -> TileIndex:
     """Lists for tiles of so many rows (transposed: columns), made on first use and kept with the layout.
 
@@ -207,11 +226,8 @@ def tile_index(layout: BlockLayout, rows_per_tile: int, pairs: int, *, transpose
     """
     group = max(1, rows_per_tile // layout.block_size)
     cut = pairs * (layout.shape[1 if transposed else 0] // group) < ENOUGH_LISTS
-    # In a compiled or captured graph the lists are made anew each time: the graph must see a mask that changes, and
-    # must not point into memory that a layout may give back.
-    if torch.compiler.is_compiling() or (layout.mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return TileIndex(*_tile_index(layout.mask, group, transposed, cut))
-    key = ("tile_index", group, transposed, cut)
-    if key not in layout.derived:
-        layout.derived[key] = TileIndex(*_tile_index(layout.mask, group, transposed, cut))
-    return layout.derived[key]
+    return kept_with(
+        layout,
+        ("tile_index", group, transposed, cut),
+        lambda: TileIndex(*_tile_index(layout.mask, group, transposed, cut)),
+    )

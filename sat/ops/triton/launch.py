@@ -15,7 +15,7 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 BLOCK_SIZES = (16, 32, 64, 128)
-HEAD_DIMS = range(8, 257)
+HEAD_DIMS = (8, 256)  # smallest and largest
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
 
@@ -31,8 +31,8 @@ _PATIENCE_SECONDS = 30
 
 
 @torch.compiler.assume_constant_result
-def unsupported(device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int | None = None) -> str | None:
-    """Why the kernels cannot take this case, as half a sentence; None where they can."""
+def _cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on a device, or in a precision."""
     if device.type == "cpu" and not INTERPRETED and _observer is None:
         return "its kernels need a GPU, but the tensors are on cpu (to try them there, slowly, set TRITON_INTERPRET=1)"
     if device.type not in ("cuda", "cpu"):
@@ -46,9 +46,17 @@ def unsupported(device: torch.device, dtype: torch.dtype, block_size: int, head_
             return f"its kernels need compute capability 8.0 or newer, and {name} has {found[0]}.{found[1]}"
     if dtype not in DTYPES:
         return f"its kernels compute in float32, bfloat16 and float16, got {dtype}"
+    return None
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int | None = None) -> str | None:
+    """Why the kernels cannot take this case, as half a sentence; None where they can."""
+    reason = _cannot_run(device, dtype)
+    if reason is not None:
+        return reason
     if block_size not in BLOCK_SIZES:
         return f"its kernels take blocks of 16, 32, 64 and 128, got {block_size}"
-    if head_dim is not None and head_dim not in HEAD_DIMS:
+    if head_dim is not None and not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
         return f"its kernels take head dimensions from 8 to 256, got {head_dim}"
     return None
 
@@ -80,9 +88,15 @@ def matrix_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of a kernel's ``tl.dot``.
 
     PyTorch's own switch decides, as for its matrix products: float32 is exact unless
-    ``torch.set_float32_matmul_precision`` chose "high" or "medium", which mean tf32.
+    ``torch.set_float32_matmul_precision`` chose "high" or "medium", or ``fp32_precision`` "tf32".
     """
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    if dtype != torch.float32:
+        return "ieee"
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was chosen by PyTorch's newer switch, beside which the older one does not answer
+        chosen = torch.backends.cuda.matmul.fp32_precision
+        exact = (getattr(torch.backends, "fp32_precision", "none") if chosen == "none" else chosen) != "tf32"
     return "ieee" if exact else "tf32"
 
 

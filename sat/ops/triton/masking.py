@@ -21,7 +21,15 @@ PHILOX_ROUNDS = tl.constexpr(7)
 def bias_tile(bias, sample, head, query, key, exists):
     """Bias of queries and keys that broadcast to a tile, in base 2."""
     address = bias[0] + sample * bias[1] + head * bias[2] + query.to(tl.int64) * bias[3] + key.to(tl.int64) * bias[4]
-    return tl.load(address, mask=exists, other=0.0).to(tl.float32) * LOG2_E_KERNEL
+    x = tl.load(address, mask=exists, other=0.0).to(tl.float32)
+    # The lowest float32, a usual mask, must not become -inf by the change of base: a row of it is a row with keys.
+    return tl.where(x > -float("inf"), tl.maximum(x * LOG2_E_KERNEL, -3.4028234e38), x)
+
+
+@triton.jit
+def count_users(users):
+    """How often a value of the bias is used; in 64 bits, because one that all scores share is used as often as that."""
+    return tl.zeros([], tl.int64) + users[0] * users[1] * (tl.zeros([], tl.int64) + users[2]) * users[3]
 
 
 @triton.jit
@@ -38,7 +46,7 @@ def bias_user(work, own_tiles, bias_heads, users):
     head = own % bias_heads + work // (rows_each * columns_each) % heads_each
     row_tile = program // own_tiles[1] % own_tiles[0] + work // columns_each % rows_each
     column_tile = program % own_tiles[1] + work % columns_each
-    return sample.to(tl.int64), head.to(tl.int64), row_tile, column_tile
+    return sample.to(tl.int64), head.to(tl.int64), row_tile.to(tl.int32), column_tile.to(tl.int32)
 
 
 @triton.jit

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from sat.files import written_whole
-from sat.ops.triton.launch import capability, padded
+from sat.ops.triton.launch import BLOCK_SIZES, capability, matrix_precision, padded
 
 
 class Tile(NamedTuple):
@@ -37,12 +38,12 @@ def _same(*tiles: Tile) -> dict[int, tuple[Tile, Tile]]:
 _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "attention": {
         64: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
-        128: (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3)),
+        128: (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
         256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     "attention wide": {
         64: (Tile(128, 128, 8, 3), Tile(64, 32, 4, 3)),
-        128: (Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)),
     },
     "query_gradient": {
         64: (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
@@ -51,7 +52,7 @@ _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
     },
     "query_gradient wide": {64: (Tile(128, 64, 8, 3), Tile(64, 32, 4, 2))},
     "key_value_gradient": {
-        64: (Tile(64, 64, 4, 2), Tile(32, 64, 8, 2)),
+        64: (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2)),
         128: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
         256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
@@ -62,7 +63,7 @@ _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "softmax": _same(Tile(16, 128, 8, 1), Tile(16, 128, 8, 1)),
 }
 _HALF_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {
-    "attention wide": {128: (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3))},
+    "attention wide": {128: (Tile(128, 32, 8, 3), Tile(64, 32, 4, 2))},
     "query_gradient": {
         64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
         128: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
@@ -71,7 +72,7 @@ _HALF_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "key_value_gradient": {64: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2))},
 }
 _HALF_BLACKWELL: dict[str, dict[int, tuple[Tile, Tile]]] = {
-    "attention": {128: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3))},
+    "attention": {128: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2))},
     "query_gradient wide": {64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2))},
     "key_value_gradient": {128: (Tile(16, 64, 8, 2), Tile(32, 32, 8, 2))},
     "sddmm": {256: (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))},
@@ -114,13 +115,15 @@ def _default(kernel: str, block_size: int, dim: int, half: bool, major: int, hea
 
 def tuned_file() -> Path:
     """Where measured launch parameters are kept: ``$SAT_TUNING``, or a file in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(os.environ.get("SAT_TUNING", cache / "sat" / "launch_parameters.json"))
+    if "SAT_TUNING" in os.environ:
+        return Path(os.environ["SAT_TUNING"])
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  a user may have no home
+    return Path(cache) / "sat" / "launch_parameters.json"
 
 
 def case_name(kernel: str, block_size: int, dim: int, dtype: torch.dtype, heavy: bool) -> str:
     """The name of a case in the tuned file."""
-    numbers = "half" if dtype.itemsize == 2 else "single"
+    numbers = "half" if dtype.itemsize == 2 else {"ieee": "float32"}.get(matrix_precision(dtype), "tf32")
     return f"{kernel}, blocks of {block_size}, head dimension {padded(dim)}, {numbers}{', heavy' if heavy else ''}"
 
 
@@ -142,7 +145,8 @@ def load_tuned() -> dict[str, dict[str, Tile]]:
             f"python -m sat.ops.triton.tune"
         ) from error
     for case, tile in [item for cases in found.values() for item in cases.items()]:
-        if any(size not in (16, 32, 64, 128) for size in tile[:2]) or tile.warps not in (1, 2, 4, 8, 16):
+        possible = {tile.rows, tile.columns} <= {16, 32, 64, 128} and tile.warps in (1, 2, 4, 8, 16)
+        if not possible or tile.stages not in range(1, 9):
             raise ValueError(f"{path}: {case!r} has impossible launch parameters {list(tile)}; delete that line")
     return found
 
@@ -150,7 +154,7 @@ def load_tuned() -> dict[str, dict[str, Tile]]:
 def save_tuned(device_name: str, cases: dict[str, Tile]) -> Path:
     """Keep measured launch parameters beside those of other cases and GPUs."""
     path = tuned_file()
-    content = load_tuned()
+    content = _load_or_warn()
     content.setdefault(device_name, {}).update(cases)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
@@ -160,8 +164,17 @@ def save_tuned(device_name: str, cases: dict[str, Tile]) -> Path:
     return path
 
 
+def _load_or_warn() -> dict[str, dict[str, Tile]]:
+    """What was measured; where its file cannot be read, the table does, and a warning says so."""
+    try:
+        return load_tuned()
+    except (OSError, ValueError) as error:
+        warnings.warn(f"measured launch parameters are not used: {error}", stacklevel=2)
+        return {}
+
+
 # Read once, so that compiled functions find a value and not a file.
-_TUNED = load_tuned()
+_TUNED = _load_or_warn()
 
 
 def tile(kernel: str, block_size: int, dim: int, dtype: torch.dtype, device: torch.device, heavy: bool = False) -> Tile:
@@ -179,6 +192,13 @@ ATTENTION_KERNELS = ("attention", "query_gradient", "key_value_gradient")
 
 
 @torch.compiler.assume_constant_result
+def _attention_tiles(block_size: int, dim: int, dtype: torch.dtype, device: torch.device, heavy: bool) -> list[int]:
+    return [number for name in ATTENTION_KERNELS for number in tile(name, block_size, dim, dtype, device, heavy)]
+
+
 def attention_tiles(block_size: int, dim: int, dtype: torch.dtype, device: torch.device, heavy: bool) -> list[int]:
     """The tiles of the three kernels of fused attention, one after the other."""
-    return [number for name in ATTENTION_KERNELS for number in tile(name, block_size, dim, dtype, device, heavy)]
+    # Compared with numbers, sizes that a compiler keeps open become numbers.
+    size = next(size for size in BLOCK_SIZES if size == block_size)
+    width = next(width for width in (16, 32, 64, 128, 256) if dim <= width)
+    return _attention_tiles(size, width, dtype, device, heavy)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
-from sat.ops.triton.index import TileIndex, tile_index
+from sat.ops.triton.index import TileIndex, kept_with, tile_index
 from sat.ops.triton.launch import launch, matrix_precision, padded
 from sat.ops.triton.parameters import tile
 from sat.ops.triton.tiles import dot, find_item, item_count, listed, load_rows, step_along, strided
@@ -161,18 +161,13 @@ block_sddmm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def block_numbers(layout: BlockLayout) -> Tensor:
-    """How many blocks lie before each, ``[X, M, N]`` int32: the number of a kept block among the values.
+    """How many blocks lie before each, ``[X, M, N]`` int32: the number of a kept block among the values."""
 
-    Made on first use and kept with the layout, except in a compiled or captured graph (see ``tile_index``).
-    """
-    live = torch.compiler.is_compiling() or (layout.mask.is_cuda and torch.cuda.is_current_stream_capturing())
-    if not live and "block_numbers" in layout.derived:
-        return layout.derived["block_numbers"]
-    kept = layout.mask.to(torch.int32, memory_format=torch.contiguous_format)
-    numbers = kept.flatten().cumsum(0, dtype=torch.int32).view(kept.shape) - kept
-    if not live:
-        layout.derived["block_numbers"] = numbers
-    return numbers
+    def count() -> Tensor:
+        kept = layout.mask.to(torch.int32, memory_format=torch.contiguous_format)
+        return kept.flatten().cumsum(0, dtype=torch.int32).view(kept.shape) - kept
+
+    return kept_with(layout, "block_numbers", count)
 
 
 def value_index(layout: BlockLayout, pairs: int, columns: bool) -> list[Tensor]:

@@ -16,7 +16,7 @@ from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
 from sat.ops.triton.index import TileIndex
 from sat.ops.triton.launch import launch
-from sat.ops.triton.masking import bias_tiles, bias_user, ends, real_bytes, store_bias_gradient
+from sat.ops.triton.masking import bias_tiles, bias_user, count_users, ends, real_bytes, store_bias_gradient
 from sat.ops.triton.parameters import tile
 from sat.ops.triton.sddmm import block_number, numbered, value_addresses, value_index, values_along
 from sat.ops.triton.tiles import broadcast, listed, real_tokens, step_along, strided
@@ -243,7 +243,7 @@ def _bias_gradient_kernel(
     """One tile of the bias gradient: ``p * (dp - delta)``, added in order over all that uses it, see ``bias_user``."""
     lane = tl.arange(0, TILE)
     acc = tl.zeros([TILE, TILE], tl.float32)
-    for work in range(0, users[0] * users[1] * users[2] * users[3]):
+    for work in range(0, count_users(users)):
         sample, head, row_tile, column_tile = bias_user(work, own_tiles, bias_heads, users)
         query, key = row_tile * TILE + lane, column_tile * TILE + lane
         row, column = row_tile * TILE // BLOCK, column_tile * TILE // BLOCK

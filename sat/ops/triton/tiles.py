@@ -121,6 +121,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_lse(lse, pair, query, length, exists):
+    """The two parts of each row's log-sum-exp, see ``_finish`` of the forward pass; +inf where there is no row."""
+    place = lse + (pair * length + query) * 2
+    return tl.load(place, mask=exists, other=float("inf")), tl.load(place + 1, mask=exists, other=0.0)
+
+
+@triton.jit
 def keeps(bits, lane, BLOCK: tl.constexpr):
     """Whether the block of a group that a lane stands in keeps an entry."""
     return ((bits >> (lane // BLOCK)) & 1) != 0
@@ -130,7 +137,8 @@ def keeps(bits, lane, BLOCK: tl.constexpr):
 def load_rows(x, sample, head, token, exists, D: tl.constexpr, DIM: tl.constexpr):
     """Rows ``[len(token), DIM]`` of a matrix; 0 where they do not exist and past D."""
     dim = tl.arange(0, DIM)
-    address = x[0] + sample * x[1] + head * x[2] + token.to(tl.int64)[:, None] * x[3] + dim[None, :] * x[4]
+    row = x[0] + sample * x[1] + head * x[2] + token.to(tl.int64) * x[3]
+    address = row[:, None] + dim.to(tl.int64)[None, :] * x[4]
     mask = exists[:, None] & (dim < D)[None, :] if D < DIM else exists[:, None]
     return tl.load(address, mask=mask, other=0.0)
 
@@ -139,7 +147,8 @@ def load_rows(x, sample, head, token, exists, D: tl.constexpr, DIM: tl.constexpr
 def store_rows(x, sample, head, token, exists, values, D: tl.constexpr, DIM: tl.constexpr):
     """Write rows ``[len(token), DIM]`` of a matrix where they exist."""
     dim = tl.arange(0, DIM)
-    address = x[0] + sample * x[1] + head * x[2] + token.to(tl.int64)[:, None] * x[3] + dim[None, :] * x[4]
+    row = x[0] + sample * x[1] + head * x[2] + token.to(tl.int64) * x[3]
+    address = row[:, None] + dim.to(tl.int64)[None, :] * x[4]
     mask = exists[:, None] & (dim < D)[None, :] if D < DIM else exists[:, None]
     tl.store(address, values.to(x[0].dtype.element_ty), mask=mask)
 

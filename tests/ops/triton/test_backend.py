@@ -101,6 +101,84 @@ def test_precision_follows_pytorchs_switch():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_precision_follows_pytorchs_newer_switch():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert launch.matrix_precision(torch.float32) == "tf32"
+        matmul.fp32_precision = "ieee"
+        assert launch.matrix_precision(torch.float32) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lists_made_in_evaluation_do_for_training(name):
+    """Lightning validates in inference mode before the first training step."""
+    size, layout = 16, BlockLayout(torch.ones(2, 2, 2, dtype=torch.bool, device=DEVICE), 16)
+    query = torch.randn(1, 2, 2 * size, 8, device=DEVICE, requires_grad=True)
+    values = torch.randn(1, 8, size, size, device=DEVICE, requires_grad=True)
+
+    def run():
+        if name == "statistics":
+            return ops.attention_statistics(query, query, size, backend="triton").pooled
+        return {
+            "attention": lambda: ops.block_sparse_attention(query, query, query, layout, backend="triton"),
+            "composed": lambda: ops.block_sparse_attention(query, query, query, layout, fused=False, backend="triton"),
+            "sddmm": lambda: ops.sddmm(query, query, layout, backend="triton"),
+            "sparse_softmax": lambda: ops.sparse_softmax(values, layout, backend="triton"),
+            "spmm": lambda: ops.spmm(values, query, layout, backend="triton"),
+            "matmul": lambda: ops.matmul(query, query, layout, "sdd", trans_b=True, backend="triton"),
+        }[name]()
+
+    with torch.inference_mode():
+        evaluated = run()
+    trained = run()
+    assert torch.equal(evaluated, trained)
+    if name != "statistics":
+        trained.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a number, got Tensor"),
+        ({"attn_bias": torch.zeros(32, 32).to(torch.float8_e5m2)}, TypeError, "got torch.float8_e5m2"),
+    ],
+)
+def test_bad_options(change, error, message):
+    for name in ("attention", "sparse_softmax"):
+        with pytest.raises(error, match=message):
+            call(name, **{key: x.to(DEVICE) if key == "attn_bias" else x for key, x in change.items()})
+
+
+def test_bad_values():
+    layout = BlockLayout(torch.ones(1, 1, dtype=torch.bool), 16)
+    values = torch.zeros(1, 1, 16, 16)
+    with pytest.raises(ValueError, match="scores is empty"):
+        ops.sparse_softmax(values[:0], layout)
+    with pytest.raises(ValueError, match="layout is on cpu but scores is on meta"):
+        ops.sparse_softmax(values.to("meta"), layout)
+    with pytest.raises(ValueError, match="layout is on cpu but weights is on meta"):
+        ops.spmm(values.to("meta"), torch.zeros(1, 1, 16, 8), layout)
+
+
+@pytest.mark.parametrize("name", ["attention", "composed", "statistics"])
+def test_compiles_with_sizes_that_are_kept_open(name):
+    def run(query, size):
+        layout = layouts[size]
+        if name == "statistics":
+            return ops.attention_statistics(query, query, size, backend="triton").pooled
+        return ops.block_sparse_attention(query, query, query, layout, fused=name == "attention", backend="triton")
+
+    layouts = {size: BlockLayout(torch.ones(1, 2, 2, dtype=torch.bool, device=DEVICE), size) for size in (16, 32)}
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size, dim, batch in ((16, 8, 1), (16, 24, 2), (32, 24, 2)):
+        query = torch.randn(batch, 1, 2 * size - 3, dim, device=DEVICE)
+        torch.testing.assert_close(compiled(query, size), run(query, size))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", [(1, 13, 17), (3, 40, 40), (2, 64, 3), (2, 3, 64), (1, 1, 1)], ids=str)
@@ -169,12 +247,24 @@ class TestParameters:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU 2")
         assert parameters.tile("attention", *self.case, device) == default
 
-    @pytest.mark.parametrize("content", ["{", "[1]", '{"GPU": {"case": [1, 2]}}', '{"GPU": {"case": [17, 64, 4, 2]}}'])
+    @pytest.mark.parametrize(
+        "content",
+        ["{", "[1]", '{"GPU": {"case": [1, 2]}}', '{"GPU": {"case": [17, 64, 4, 2]}}', '{"G": {"c": [16, 16, 4, 0]}}'],
+    )
     def test_a_file_that_holds_something_else_is_named(self, content, file):
         file.parent.mkdir()
         file.write_text(content)
         with pytest.raises(ValueError, match=r"tuned\.json.*delete"):
             parameters.load_tuned()
+        with pytest.warns(UserWarning, match=r"measured launch parameters are not used: .*tuned\.json"):
+            parameters.save_tuned("GPU", {})  # the tuner mends it
+        assert parameters.load_tuned() == {"GPU": {}}
+
+    def test_without_a_home_there_is_none(self, monkeypatch):
+        for name in ("SAT_TUNING", "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+        assert parameters.load_tuned() == {}
 
     def test_the_file_is_readable(self, file):
         parameters.save_tuned("GPU", {"a case": parameters.Tile(64, 64, 4, 2)})
