@@ -460,7 +460,7 @@ def block_attention_backward(
             TILE=size,
             OVER_ROWS=attn_bias.shape[2] == 1,
             OVER_COLUMNS=attn_bias.shape[3] == 1,
-            num_warps=8,
+            num_warps=8 if query.dtype != torch.float32 else 4,
             **options,
         )
     return d_query, d_key, d_value, d_bias

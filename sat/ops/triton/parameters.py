@@ -34,7 +34,8 @@ def _same(*tiles: Tile) -> dict[int, tuple[Tile, Tile]]:
 
 
 # By the padded head dimension (up to 64, 128, 256): a tile, and one for kernels with bias, dropout or pruned logits of
-# 0, which need registers of their own. "wide" is for blocks of 128. First Hopper in half precisions, then what differs.
+# 0, which need registers of their own. "wide" is for blocks of 128, "grouped" for those of 16 and 32. First Hopper in
+# half precisions, then what differs elsewhere.
 _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "attention": {
         64: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
@@ -56,6 +57,7 @@ _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
         128: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
         256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
+    "key_value_gradient grouped": {128: (Tile(16, 64, 8, 2), Tile(32, 32, 8, 2))},
     "sddmm": _same(Tile(64, 128, 4, 3), Tile(64, 128, 4, 2), Tile(64, 64, 8, 2)),
     "sddmm wide": _same(Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)),
     "spmm": _same(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
@@ -87,7 +89,7 @@ _SINGLE: dict[str, dict[int, tuple[Tile, Tile]]] = {
     },
     "query_gradient": {
         64: (Tile(32, 32, 8, 2), Tile(32, 16, 4, 2)),
-        128: (Tile(32, 16, 4, 3), Tile(32, 16, 4, 3)),
+        128: (Tile(32, 16, 4, 3), Tile(16, 16, 4, 2)),
         256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
     },
     "key_value_gradient": {
@@ -106,7 +108,8 @@ def _default(kernel: str, block_size: int, dim: int, half: bool, major: int, hea
     # Blackwell's consumer cards are 12.x, and have the matrix units and the shared memory of older ones.
     differing = {9: {}, 10: _HALF_BLACKWELL}.get(major, _HALF_OLDER)
     tables = [differing, _HALF] if half else [_SINGLE]
-    for name in (f"{kernel} wide", kernel) if block_size == 128 else (kernel,):
+    special = "wide" if block_size == 128 else "grouped" if block_size < 64 else ""
+    for name in (f"{kernel} {special}", kernel):
         for table in tables:
             if width in table.get(name, {}):
                 return table[name][width][heavy]
