@@ -294,9 +294,7 @@ def _bias_gradient_kernel(
             exists, inside = query < query_length, key < key_length
             pair = sample * heads + head
             b_q = load_rows(q, sample, head, query, exists, D, DIM)
-            b_g = load_rows(grad, sample, head, query, exists, D, DIM)
             b_k = load_rows(k, sample, head, key, inside, D, DIM)
-            b_v = load_rows(v, sample, head, key, inside, D, DIM)
             pivot, log_norm = load_lse(lse, pair, query, query_length, exists)
             row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
             if KEY_MASK:
@@ -307,6 +305,8 @@ def _bias_gradient_kernel(
             if CAUSAL:
                 keep = keep & (key[None, :] <= query[:, None])
             p = tl.where(keep, tl.exp2((s - pivot[:, None]) - log_norm[:, None]), 0.0)
+            b_g = load_rows(grad, sample, head, query, exists, D, DIM)
+            b_v = load_rows(v, sample, head, key, inside, D, DIM)
             d_p = dot(b_g, tl.trans(b_v), None, PRECISION)
             if DROPOUT:
                 kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
@@ -435,7 +435,7 @@ def block_attention_backward(
 
     if bias_grad:
         assert attn_bias is not None
-        size = min(block_size, 32 if padded(dim) <= 64 and query.dtype != torch.float32 else 16)
+        size = min(block_size, 32 if padded(dim) <= 32 and query.dtype != torch.float32 else 16)
         programs, own_tiles, users = bias_tiles(attn_bias.shape, batch, heads, (query_length, key_length), size)
         mask_strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1), mask.stride(2))
         del options["BIAS"]
@@ -460,7 +460,8 @@ def block_attention_backward(
             TILE=size,
             OVER_ROWS=attn_bias.shape[2] == 1,
             OVER_COLUMNS=attn_bias.shape[3] == 1,
-            num_warps=8 if query.dtype != torch.float32 else 4,
+            num_warps=4 if padded(dim) <= 128 else 8,
+            num_stages=1,
             **options,
         )
     return d_query, d_key, d_value, d_bias

@@ -65,6 +65,7 @@ _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "softmax": _same(Tile(16, 128, 8, 1), Tile(16, 128, 8, 1)),
 }
 _HALF_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {
+    "attention": {64: (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3))},
     "attention wide": {128: (Tile(128, 32, 8, 3), Tile(64, 32, 4, 2))},
     "query_gradient": {
         64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
@@ -74,7 +75,11 @@ _HALF_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "key_value_gradient": {64: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2))},
 }
 _HALF_BLACKWELL: dict[str, dict[int, tuple[Tile, Tile]]] = {
-    "attention": {128: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2))},
+    "attention": {
+        64: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)),
+        128: (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)),
+    },
+    "query_gradient": {256: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 2))},
     "query_gradient wide": {64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2))},
     "key_value_gradient": {128: (Tile(16, 64, 8, 2), Tile(32, 32, 8, 2))},
     "sddmm": {256: (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))},
@@ -102,12 +107,16 @@ _SINGLE: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "softmax": _same(Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
 }
 
+_SINGLE_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {
+    "query_gradient": {64: (Tile(32, 16, 4, 2), Tile(16, 16, 4, 2))},
+}
+
 
 def _default(kernel: str, block_size: int, dim: int, half: bool, major: int, heavy: bool) -> Tile:
     width = max(64, padded(dim))
     # Blackwell's consumer cards are 12.x, and have the matrix units and the shared memory of older ones.
     differing = {9: {}, 10: _HALF_BLACKWELL}.get(major, _HALF_OLDER)
-    tables = [differing, _HALF] if half else [_SINGLE]
+    tables = [differing, _HALF] if half else [{} if major in (9, 10) else _SINGLE_OLDER, _SINGLE]
     special = "wide" if block_size == 128 else "grouped" if block_size < 64 else ""
     for name in (f"{kernel} {special}", kernel):
         for table in tables:
