@@ -37,6 +37,7 @@ from sat.ops.triton.tiles import (
     keeps,
     listed,
     load_lse,
+    load_part,
     load_rows,
     narrow,
     real_tokens,
@@ -250,6 +251,30 @@ def _key_value_gradient_kernel(
 
 
 @triton.jit
+def _products(
+    a,
+    b,
+    sample,
+    head,
+    row,
+    column,
+    exists,
+    inside,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products of rows of two matrices, up to 128 features at a time, for which there are registers."""
+    PART: tl.constexpr = DIM if DIM < 128 else 128
+    acc = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for start in tl.range(0, D, PART):
+        b_a = load_part(a, sample, head, row, exists, start, D, PART)
+        b_b = load_part(b, sample, head, column, inside, start, D, PART)
+        acc = dot(b_a, tl.trans(b_b), acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def _bias_gradient_kernel(
     q,
     k,
@@ -293,21 +318,17 @@ def _bias_gradient_kernel(
             query, key = first_query + lane, first_key + lane
             exists, inside = query < query_length, key < key_length
             pair = sample * heads + head
-            b_q = load_rows(q, sample, head, query, exists, D, DIM)
-            b_k = load_rows(k, sample, head, key, inside, D, DIM)
             pivot, log_norm = load_lse(lse, pair, query, query_length, exists)
             row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
             if KEY_MASK:
                 inside = real_tokens(key_mask, sample, key, inside, key_length)
             keep = exists[:, None] & inside[None, :]
-            s = dot(b_q, tl.trans(b_k), None, PRECISION) * scale_log2
+            s = _products(q, k, sample, head, query, key, exists, inside, D, DIM, PRECISION) * scale_log2
             s += bias_tile(bias, sample, head, query[:, None], key[None, :], keep)
             if CAUSAL:
                 keep = keep & (key[None, :] <= query[:, None])
             p = tl.where(keep, tl.exp2((s - pivot[:, None]) - log_norm[:, None]), 0.0)
-            b_g = load_rows(grad, sample, head, query, exists, D, DIM)
-            b_v = load_rows(v, sample, head, key, inside, D, DIM)
-            d_p = dot(b_g, tl.trans(b_v), None, PRECISION)
+            d_p = _products(grad, v, sample, head, query, key, exists, inside, D, DIM, PRECISION)
             if DROPOUT:
                 kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
                 d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
@@ -460,7 +481,7 @@ def block_attention_backward(
             TILE=size,
             OVER_ROWS=attn_bias.shape[2] == 1,
             OVER_COLUMNS=attn_bias.shape[3] == 1,
-            num_warps=4 if padded(dim) <= 128 else 8,
+            num_warps=8 if padded(dim) > 128 else 4,
             num_stages=1,
             **options,
         )

@@ -24,16 +24,7 @@ from sat.ops.moments import skewness_from_moments
 from sat.ops.torch_operations import _block_areas
 from sat.ops.triton.launch import LOG2_E, capability, launch, matrix_precision, padded
 from sat.ops.triton.masking import ends, real_bytes
-from sat.ops.triton.tiles import dot, real_tokens, strided
-
-
-@triton.jit
-def _load_part(x, sample, head, token, exists, start, D: tl.constexpr, PART: tl.constexpr):
-    """Features ``[len(token), PART]`` of a matrix from ``start`` on; 0 where they do not exist."""
-    dim = start + tl.arange(0, PART)
-    row = x[0] + sample * x[1] + head * x[2] + token.to(tl.int64) * x[3]
-    mask = exists[:, None] & (dim < D)[None, :] if D % PART != 0 else exists[:, None]
-    return tl.load(row[:, None] + dim.to(tl.int64)[None, :] * x[4], mask=mask, other=0.0)
+from sat.ops.triton.tiles import dot, load_part, real_tokens, strided
 
 
 @triton.jit
@@ -54,8 +45,8 @@ def _scores_by_parts(
     """Products of queries and keys, some features at a time: exact float32 is unrolled along them, and would spill."""
     s = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
     for start in tl.range(0, D, PART, num_stages=STAGES):
-        b_q = _load_part(q, sample, head, query, real, start, D, PART)  # [queries, PART]
-        b_k = _load_part(k, sample, head, key, inside, start, D, PART)  # [keys, PART]
+        b_q = load_part(q, sample, head, query, real, start, D, PART)  # [queries, PART]
+        b_k = load_part(k, sample, head, key, inside, start, D, PART)  # [keys, PART]
         s = dot(b_q, tl.trans(b_k), s, PRECISION)
     return s
 
@@ -102,7 +93,7 @@ def _logsumexp_kernel(
         start = tl.load(key_ends + sample * 2) // COLUMNS * COLUMNS
         stop = tl.minimum(stop, tl.load(key_ends + sample * 2 + 1))
     if PART >= D:
-        b_q = _load_part(q, sample, head, query, exists, 0, D, PART)  # [ROWS, PART]
+        b_q = load_part(q, sample, head, query, exists, 0, D, PART)  # [ROWS, PART]
 
     m = tl.full([ROWS], -float("inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
@@ -110,7 +101,7 @@ def _logsumexp_kernel(
         key = first + tl.arange(0, COLUMNS)
         keep = key < key_length
         if PART >= D:
-            b_k = _load_part(k, sample, head, key, keep, 0, D, PART)  # [COLUMNS, PART]
+            b_k = load_part(k, sample, head, key, keep, 0, D, PART)  # [COLUMNS, PART]
             s = dot(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
         else:
             s = _scores_by_parts(q, k, sample, head, query, key, exists, keep, D, PART, PRECISION, STAGES)
@@ -176,8 +167,8 @@ def _statistics_kernel(
     for step in tl.range(0, steps, num_stages=STAGES):
         head, sample = (step // batch).to(tl.int64), (step % batch).to(tl.int64)
         if PART >= D:
-            b_q = _load_part(q, sample, head, query, real, 0, D, PART)  # [TILE, PART]
-            b_k = _load_part(k, sample, head, key, inside, 0, D, PART)
+            b_q = load_part(q, sample, head, query, real, 0, D, PART)  # [TILE, PART]
+            b_k = load_part(k, sample, head, key, inside, 0, D, PART)
             s = dot(b_q, tl.trans(b_k), tl.zeros([TILE, TILE], tl.float32), PRECISION)
         else:
             s = _scores_by_parts(q, k, sample, head, query, key, real, inside, D, PART, PRECISION, STAGES)

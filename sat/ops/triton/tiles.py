@@ -144,6 +144,15 @@ def load_rows(x, sample, head, token, exists, D: tl.constexpr, DIM: tl.constexpr
 
 
 @triton.jit
+def load_part(x, sample, head, token, exists, start, D: tl.constexpr, PART: tl.constexpr):
+    """Features ``[len(token), PART]`` of a matrix from ``start`` on; 0 where they do not exist."""
+    dim = start + tl.arange(0, PART)
+    row = x[0] + sample * x[1] + head * x[2] + token.to(tl.int64) * x[3]
+    mask = exists[:, None] & (dim < D)[None, :] if D % PART != 0 else exists[:, None]
+    return tl.load(row[:, None] + dim.to(tl.int64)[None, :] * x[4], mask=mask, other=0.0)
+
+
+@triton.jit
 def store_rows(x, sample, head, token, exists, values, D: tl.constexpr, DIM: tl.constexpr):
     """Write rows ``[len(token), DIM]`` of a matrix where they exist."""
     dim = tl.arange(0, DIM)
