@@ -32,7 +32,7 @@ from sat.ops.triton.tiles import (
     listed,
     load_partial,
     load_rows,
-    narrow,
+    narrow_keys,
     pieces,
     real_tokens,
     step_along,
@@ -155,14 +155,10 @@ def _forward_kernel(
     if QUERY_MASK:
         real = real_tokens(query_mask, sample, query, exists, query_length)
         stop = tl.where(tl.max(real.to(tl.int32), 0) > 0, stop, start)
-    if KEY_MASK or CAUSAL:
-        first_block, last_block = 0, tl.cdiv(key_length, BLOCK)
-        if KEY_MASK:
-            first_block = tl.load(key_ends + sample * 2) // BLOCK
-            last_block = tl.cdiv(tl.load(key_ends + sample * 2 + 1), BLOCK)
-        if CAUSAL:
-            last_block = tl.minimum(last_block, tl.cdiv((tile + 1) * ROWS, BLOCK))
-        start, stop = narrow(entry_list, start, stop, first_block, last_block)
+    last_query = (tile + 1) * ROWS - 1
+    start, stop = narrow_keys(
+        entry_list, start, stop, key_ends, sample, last_query, key_length, BLOCK, KEY_MASK, CAUSAL
+    )
     b_q = load_rows(q, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
     pivot = tl.full([ROWS], -float("inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)

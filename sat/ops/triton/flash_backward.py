@@ -26,6 +26,7 @@ from sat.ops.triton.masking import (
     ends,
     real_bytes,
     store_bias_gradient,
+    tile_used,
 )
 from sat.ops.triton.parameters import Tile
 from sat.ops.triton.tiles import (
@@ -40,6 +41,7 @@ from sat.ops.triton.tiles import (
     load_part,
     load_rows,
     narrow,
+    narrow_keys,
     real_tokens,
     step_along,
     store_partial,
@@ -105,14 +107,10 @@ def _query_gradient_kernel(
     exists = query < query_length
     pivot, log_norm = load_lse(lse, pair, query, query_length, exists)
     stop = tl.where(tl.max((pivot != float("inf")).to(tl.int32), 0) > 0, stop, start)
-    if KEY_MASK or CAUSAL:
-        first_block, last_block = 0, tl.cdiv(key_length, BLOCK)
-        if KEY_MASK:
-            first_block = tl.load(key_ends + sample * 2) // BLOCK
-            last_block = tl.cdiv(tl.load(key_ends + sample * 2 + 1), BLOCK)
-        if CAUSAL:
-            last_block = tl.minimum(last_block, tl.cdiv((tile + 1) * ROWS, BLOCK))
-        start, stop = narrow(entry_list, start, stop, first_block, last_block)
+    last_query = (tile + 1) * ROWS - 1
+    start, stop = narrow_keys(
+        entry_list, start, stop, key_ends, sample, last_query, key_length, BLOCK, KEY_MASK, CAUSAL
+    )
     row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
     b_q = load_rows(q, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
     b_g = load_rows(grad, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
@@ -285,8 +283,8 @@ def _bias_gradient_kernel(
     d_bias,
     bias,
     mask,
-    mask_strides,
     key_mask,
+    key_ends,
     seed,
     heads,
     query_length,
@@ -313,26 +311,26 @@ def _bias_gradient_kernel(
     for work in range(0, count_users(users)):
         sample, head, row_tile, column_tile = bias_user(work, own_tiles, bias_heads, users)
         first_query, first_key = row_tile * TILE, column_tile * TILE
-        row, column = (first_query // BLOCK).to(tl.int64), (first_key // BLOCK).to(tl.int64)
-        if tl.load(mask + head * mask_strides[0] + row * mask_strides[1] + column * mask_strides[2]) != 0:
+        if tile_used(mask, key_ends, sample, head, first_query, first_key, BLOCK, TILE, KEY_MASK, CAUSAL):
             query, key = first_query + lane, first_key + lane
             exists, inside = query < query_length, key < key_length
             pair = sample * heads + head
             pivot, log_norm = load_lse(lse, pair, query, query_length, exists)
-            row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
-            if KEY_MASK:
-                inside = real_tokens(key_mask, sample, key, inside, key_length)
-            keep = exists[:, None] & inside[None, :]
-            s = _products(q, k, sample, head, query, key, exists, inside, D, DIM, PRECISION) * scale_log2
-            s += bias_tile(bias, sample, head, query[:, None], key[None, :], keep)
-            if CAUSAL:
-                keep = keep & (key[None, :] <= query[:, None])
-            p = tl.where(keep, tl.exp2((s - pivot[:, None]) - log_norm[:, None]), 0.0)
-            d_p = _products(grad, v, sample, head, query, key, exists, inside, D, DIM, PRECISION)
-            if DROPOUT:
-                kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
-                d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
-            acc += p * (d_p - row_delta[:, None])
+            if tl.max((pivot != float("inf")).to(tl.int32), 0) > 0:  # else these queries are padding
+                row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
+                if KEY_MASK:
+                    inside = real_tokens(key_mask, sample, key, inside, key_length)
+                keep = exists[:, None] & inside[None, :]
+                s = _products(q, k, sample, head, query, key, exists, inside, D, DIM, PRECISION) * scale_log2
+                s += bias_tile(bias, sample, head, query[:, None], key[None, :], keep)
+                if CAUSAL:
+                    keep = keep & (key[None, :] <= query[:, None])
+                p = tl.where(keep, tl.exp2((s - pivot[:, None]) - log_norm[:, None]), 0.0)
+                d_p = _products(grad, v, sample, head, query, key, exists, inside, D, DIM, PRECISION)
+                if DROPOUT:
+                    kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
+                    d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
+                acc += p * (d_p - row_delta[:, None])
     store_bias_gradient(d_bias, acc, own_tiles, query_length, key_length, TILE, OVER_ROWS, OVER_COLUMNS)
 
 
@@ -375,6 +373,7 @@ def block_attention_backward(
     key_length, pairs = key.shape[2], batch * heads
     d_query, d_key, d_value, d_bias = _empty_gradients(query, key, value, attn_bias, bias_grad)
     key_mask, query_mask = real_bytes(key_padding_mask), real_bytes(query_padding_mask)
+    key_ends, _ = ends(key_mask)
     rows, columns = TileIndex(*index[:4]), TileIndex(*index[4:])
     sizes = {"D": dim, "DIM": padded(dim)}
     options = {
@@ -411,7 +410,7 @@ def block_attention_backward(
         strided(d_query),
         broadcast(attn_bias),
         key_mask,
-        ends(key_mask)[0],
+        key_ends,
         seed,
         listed(rows),
         partial,
@@ -458,7 +457,6 @@ def block_attention_backward(
         assert attn_bias is not None
         size = min(block_size, 32 if padded(dim) <= 32 and query.dtype != torch.float32 else 16)
         programs, own_tiles, users = bias_tiles(attn_bias.shape, batch, heads, (query_length, key_length), size)
-        mask_strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1), mask.stride(2))
         del options["BIAS"]
         launch(
             _bias_gradient_kernel,
@@ -466,9 +464,9 @@ def block_attention_backward(
             *inputs,
             d_bias,
             broadcast(attn_bias),
-            mask.view(torch.uint8),
-            mask_strides,
+            broadcast(mask.view(torch.uint8)),
             key_mask,
+            key_ends,
             seed,
             heads,
             query_length,

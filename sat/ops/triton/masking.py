@@ -50,6 +50,30 @@ def bias_user(work, own_tiles, bias_heads, users):
 
 
 @triton.jit
+def tile_used(
+    mask,
+    key_ends,
+    sample,
+    head,
+    first_query,
+    first_key,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Whether a tile of scores lies in a kept block, and not in this sample's padding or in the future altogether."""
+    row, column = (first_query // BLOCK).to(tl.int64), (first_key // BLOCK).to(tl.int64)
+    used = tl.load(mask[0] + head * mask[1] + row * mask[2] + column * mask[3]) != 0
+    if KEY_MASK:
+        used = used & (first_key + TILE > tl.load(key_ends + sample * 2))
+        used = used & (first_key < tl.load(key_ends + sample * 2 + 1))
+    if CAUSAL:
+        used = used & (first_key < first_query + TILE)
+    return used
+
+
+@triton.jit
 def store_bias_gradient(
     d_bias,
     acc,

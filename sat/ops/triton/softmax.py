@@ -1,8 +1,9 @@
 """Floor 1: softmax over the kept blocks of each row in Triton, on block values.
 
 One program has some rows of one block row. It passes over their blocks twice: for the largest score and the sum, and
-to write. Padding, causality and bias are read where they are needed, never spread out over the blocks. Names and shapes
-are those of :mod:`sat.ops.triton.sddmm`.
+to write. Of a long row it has a segment, whose sums another kernel has left beside those of the row's other segments.
+Blocks that hold nothing but padding or the future are not read, only written. Padding, causality and bias are read
+where they are needed, never spread out over the blocks. Names and shapes are those of :mod:`sat.ops.triton.sddmm`.
 """
 
 from __future__ import annotations
@@ -16,26 +17,35 @@ from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
 from sat.ops.triton.index import TileIndex
 from sat.ops.triton.launch import launch
-from sat.ops.triton.masking import bias_tiles, bias_user, count_users, ends, real_bytes, store_bias_gradient
+from sat.ops.triton.masking import bias_tiles, bias_user, count_users, ends, real_bytes, store_bias_gradient, tile_used
 from sat.ops.triton.parameters import tile
 from sat.ops.triton.sddmm import block_number, numbered, value_addresses, value_index, values_along
-from sat.ops.triton.tiles import broadcast, listed, real_tokens, step_along, strided
+from sat.ops.triton.tiles import (
+    broadcast,
+    find_item,
+    item_count,
+    listed,
+    narrow_keys,
+    real_tokens,
+    segments_of,
+    step_along,
+    strided,
+)
 
 # Edge of a tile of the bias gradient.
 BIAS_TILE = 32
 
 
 @triton.jit
-def _find_row(lists, numbers, heads, PIECES: tl.constexpr):
-    """What this program computes: its sample, head and tile of rows, and the list of its block row."""
-    entries, counts, _, _, groups, longest, _, head_stride = lists
-    program = tl.program_id(0)
-    pair = (program // (groups * PIECES)).to(tl.int64)
-    tile = program % (groups * PIECES)
-    sample, head = pair // heads, pair % heads
-    row = head * head_stride * groups + tile // PIECES
-    first = block_number(numbers, head, tile // PIECES, 0)
-    return sample, head, pair, tile, entries + row * longest, tl.load(counts + row), first
+def _write_zeros(
+    out, sample, query, first, start, stop, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Zeros for some rows of the blocks of a part of a list."""
+    zeros = tl.zeros([ROWS, COLUMNS], out[0].dtype.element_ty)
+    for step in range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS)):
+        number, column = values_along(first, start, step, BLOCK, COLUMNS)
+        address = value_addresses(out, sample, number, query % BLOCK, column)
+        tl.store(address, zeros, mask=(number < first + stop)[None, :])
 
 
 @triton.jit
@@ -56,8 +66,9 @@ def _step_logits(
     query,
     exists,
     entry_list,
-    count,
     first,
+    start,
+    stop,
     step,
     key_length,
     scale,
@@ -68,8 +79,8 @@ def _step_logits(
     CAUSAL: tl.constexpr,
 ):
     """Logits ``[ROWS, COLUMNS]`` of one step, -inf where not permitted, and where they are permitted."""
-    key, _bits, valid = step_along(entry_list, 0, count, step, BLOCK, COLUMNS)
-    number, column = values_along(first, 0, step, BLOCK, COLUMNS)
+    key, _bits, valid = step_along(entry_list, start, stop, step, BLOCK, COLUMNS)
+    number, column = values_along(first, start, step, BLOCK, COLUMNS)
     address = value_addresses(scores, sample, number, query % BLOCK, column)
     # Masked by what exists only: with a mask of single keys it would be read number by number.
     s = tl.load(address, mask=valid[None, :], other=0.0).to(tl.float32) * scale
@@ -85,16 +96,18 @@ def _step_logits(
 
 
 @triton.jit
-def _softmax_kernel(
+def _row_sums(
     scores,
-    out,
     bias,
     key_mask,
-    seen,
-    numbers,
-    lists,
-    heads,
-    query_length,
+    sample,
+    head,
+    query,
+    exists,
+    entry_list,
+    first,
+    start,
+    stop,
     key_length,
     scale,
     BLOCK: tl.constexpr,
@@ -106,15 +119,11 @@ def _softmax_kernel(
     COUNT_PRUNED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Weights of one tile of rows."""
-    sample, head, _pair, tile, entry_list, count, first = _find_row(lists, numbers, heads, BLOCK // ROWS)
-    query = tile * ROWS + tl.arange(0, ROWS)
-    exists = query < query_length
+    """Of each row ``[ROWS]`` over a part of its list: largest logit, sum of exponentials below it, permitted keys."""
     pivot = tl.full([ROWS], -float("inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     kept = tl.zeros([ROWS], tl.int32)
-    steps = tl.cdiv(count * BLOCK, COLUMNS)
-    for step in tl.range(0, steps, num_stages=STAGES):
+    for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
         s, keep = _step_logits(
             scores,
             bias,
@@ -124,8 +133,9 @@ def _softmax_kernel(
             query,
             exists,
             entry_list,
-            count,
             first,
+            start,
+            stop,
             step,
             key_length,
             scale,
@@ -142,6 +152,139 @@ def _softmax_kernel(
         finite = tl.where(highest == -float("inf"), 0.0, highest)
         norm = norm * tl.exp(pivot - finite) + tl.sum(tl.exp(s - finite[:, None]), 1)
         pivot = highest
+    return pivot, norm, kept
+
+
+@triton.jit
+def _segment_sums_kernel(
+    scores,
+    partial,
+    bias,
+    key_mask,
+    key_ends,
+    numbers,
+    lists,
+    heads,
+    query_length,
+    key_length,
+    scale,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    COUNT_PRUNED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sums of one segment of a cut list, for some rows."""
+    PIECES: tl.constexpr = BLOCK // ROWS
+    alive, sample, head, _pair, tile, entry_list, start, stop, slot = find_item(lists, heads, PIECES, True)
+    if not alive:
+        return
+    lane = tl.arange(0, ROWS)
+    query = tile * ROWS + lane
+    first = block_number(numbers, head, tile // PIECES, 0)
+    last_query = (tile + 1) * ROWS - 1
+    start, stop = narrow_keys(
+        entry_list, start, stop, key_ends, sample, last_query, key_length, BLOCK, KEY_MASK, CAUSAL
+    )
+    pivot, norm, kept = _row_sums(
+        scores,
+        bias,
+        key_mask,
+        sample,
+        head,
+        query,
+        query < query_length,
+        entry_list,
+        first,
+        start,
+        stop,
+        key_length,
+        scale,
+        BLOCK,
+        ROWS,
+        COLUMNS,
+        BIAS,
+        KEY_MASK,
+        CAUSAL,
+        COUNT_PRUNED,
+        STAGES,
+    )
+    place = partial + slot * 3 * ROWS + lane
+    tl.store(place, pivot)
+    tl.store(place + ROWS, norm)
+    tl.store(place + 2 * ROWS, kept.to(tl.float32))
+
+
+@triton.jit
+def _softmax_kernel(
+    scores,
+    out,
+    partial,
+    bias,
+    key_mask,
+    key_ends,
+    seen,
+    numbers,
+    lists,
+    heads,
+    query_length,
+    key_length,
+    scale,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    COUNT_PRUNED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Weights of some rows: over their list, or over a segment of it whose list's sums are in ``partial``."""
+    PIECES: tl.constexpr = BLOCK // ROWS
+    alive, sample, head, pair, tile, entry_list, begin, end, slot = find_item(lists, heads, PIECES)
+    if not alive:
+        return
+    lane = tl.arange(0, ROWS)
+    query = tile * ROWS + lane
+    exists = query < query_length
+    first = block_number(numbers, head, tile // PIECES, 0)
+    last_query = (tile + 1) * ROWS - 1
+    start, stop = narrow_keys(entry_list, begin, end, key_ends, sample, last_query, key_length, BLOCK, KEY_MASK, CAUSAL)
+    pivot, norm, kept = _row_sums(
+        scores,
+        bias,
+        key_mask,
+        sample,
+        head,
+        query,
+        exists,
+        entry_list,
+        first,
+        start,
+        tl.where(slot < 0, stop, start),
+        key_length,
+        scale,
+        BLOCK,
+        ROWS,
+        COLUMNS,
+        BIAS,
+        KEY_MASK,
+        CAUSAL,
+        COUNT_PRUNED,
+        STAGES,
+    )
+    first_slot, parts = segments_of(lists, head, pair, tile, PIECES)
+    for part in range(0, parts):
+        place = partial + (first_slot + part * PIECES) * 3 * ROWS + lane
+        other = tl.load(place)
+        highest = tl.maximum(pivot, other)
+        finite = tl.where(highest == -float("inf"), 0.0, highest)
+        norm = norm * tl.exp(pivot - finite) + tl.load(place + ROWS) * tl.exp(other - finite)
+        kept += tl.load(place + 2 * ROWS).to(tl.int32)
+        pivot = highest
 
     dead = norm == 0.0
     if COUNT_PRUNED:
@@ -156,7 +299,7 @@ def _softmax_kernel(
     pivot = tl.where(dead, 0.0, pivot)
     norm = tl.where(dead, 1.0, norm)
 
-    for step in tl.range(0, steps, num_stages=STAGES):
+    for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
         s, keep = _step_logits(
             scores,
             bias,
@@ -166,8 +309,9 @@ def _softmax_kernel(
             query,
             exists,
             entry_list,
-            count,
             first,
+            start,
+            stop,
             step,
             key_length,
             scale,
@@ -178,9 +322,70 @@ def _softmax_kernel(
             CAUSAL,
         )
         p = tl.where(keep, tl.exp(s - pivot[:, None]) / norm[:, None], 0.0)
-        number, column = values_along(first, 0, step, BLOCK, COLUMNS)
+        number, column = values_along(first, start, step, BLOCK, COLUMNS)
         address = value_addresses(out, sample, number, query % BLOCK, column)
-        tl.store(address, p.to(out[0].dtype.element_ty), mask=(number < first + count)[None, :])
+        tl.store(address, p.to(out[0].dtype.element_ty), mask=(number < first + stop)[None, :])
+    if KEY_MASK or CAUSAL:
+        _write_zeros(out, sample, query, first, begin, start, BLOCK, ROWS, COLUMNS)
+        _write_zeros(out, sample, query, first, tl.maximum(start, stop), end, BLOCK, ROWS, COLUMNS)
+
+
+@triton.jit
+def _row_delta(
+    weights,
+    grad,
+    sample,
+    query,
+    first,
+    start,
+    stop,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``sum_j p_j dp_j`` ``[ROWS]`` over a part of a list."""
+    delta = tl.zeros([ROWS], tl.float32)
+    for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
+        number, column = values_along(first, start, step, BLOCK, COLUMNS)
+        valid = (number < first + stop)[None, :]
+        p = tl.load(value_addresses(weights, sample, number, query % BLOCK, column), mask=valid, other=0.0)
+        dp = tl.load(value_addresses(grad, sample, number, query % BLOCK, column), mask=valid, other=0.0)
+        delta += tl.sum(p.to(tl.float32) * dp.to(tl.float32), 1)
+    return delta
+
+
+@triton.jit
+def _segment_delta_kernel(
+    weights,
+    grad,
+    partial,
+    key_ends,
+    numbers,
+    lists,
+    heads,
+    key_length,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``sum_j p_j dp_j`` over one segment of a cut list, for some rows."""
+    PIECES: tl.constexpr = BLOCK // ROWS
+    alive, sample, head, _pair, tile, entry_list, start, stop, slot = find_item(lists, heads, PIECES, True)
+    if not alive:
+        return
+    lane = tl.arange(0, ROWS)
+    query = tile * ROWS + lane
+    first = block_number(numbers, head, tile // PIECES, 0)
+    last_query = (tile + 1) * ROWS - 1
+    start, stop = narrow_keys(
+        entry_list, start, stop, key_ends, sample, last_query, key_length, BLOCK, KEY_MASK, CAUSAL
+    )
+    delta = _row_delta(weights, grad, sample, query, first, start, stop, BLOCK, ROWS, COLUMNS, STAGES)
+    tl.store(partial + slot * ROWS + lane, delta)
 
 
 @triton.jit
@@ -188,37 +393,50 @@ def _softmax_gradient_kernel(
     weights,
     grad,
     d_scores,
+    partial,
     delta,
+    key_ends,
     numbers,
     lists,
     heads,
     query_length,
+    key_length,
     scale,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``scale * p * (dp - delta)`` of one tile of rows, with ``delta = sum_j p_j dp_j`` of each row."""
-    sample, _head, pair, tile, _entry_list, count, first = _find_row(lists, numbers, heads, BLOCK // ROWS)
-    query = tile * ROWS + tl.arange(0, ROWS)
-    row_delta = tl.zeros([ROWS], tl.float32)
-    steps = tl.cdiv(count * BLOCK, COLUMNS)
-    for step in tl.range(0, steps, num_stages=STAGES):
-        number, column = values_along(first, 0, step, BLOCK, COLUMNS)
-        valid = (number < first + count)[None, :]
-        p = tl.load(value_addresses(weights, sample, number, query % BLOCK, column), mask=valid, other=0.0)
-        dp = tl.load(value_addresses(grad, sample, number, query % BLOCK, column), mask=valid, other=0.0)
-        row_delta += tl.sum(p.to(tl.float32) * dp.to(tl.float32), 1)
+    """``scale * p * (dp - delta)`` of some rows, with ``delta = sum_j p_j dp_j`` of each; parts as in the softmax."""
+    PIECES: tl.constexpr = BLOCK // ROWS
+    alive, sample, head, pair, tile, entry_list, begin, end, slot = find_item(lists, heads, PIECES)
+    if not alive:
+        return
+    lane = tl.arange(0, ROWS)
+    query = tile * ROWS + lane
+    first = block_number(numbers, head, tile // PIECES, 0)
+    last_query = (tile + 1) * ROWS - 1
+    start, stop = narrow_keys(entry_list, begin, end, key_ends, sample, last_query, key_length, BLOCK, KEY_MASK, CAUSAL)
+    own_stop = tl.where(slot < 0, stop, start)
+    row_delta = _row_delta(weights, grad, sample, query, first, start, own_stop, BLOCK, ROWS, COLUMNS, STAGES)
+    first_slot, parts = segments_of(lists, head, pair, tile, PIECES)
+    for part in range(0, parts):
+        row_delta += tl.load(partial + (first_slot + part * PIECES) * ROWS + lane)
+    # All segments of a list write the same.
     tl.store(delta + pair * query_length + query, row_delta, mask=query < query_length)
-    for step in tl.range(0, steps, num_stages=STAGES):
-        number, column = values_along(first, 0, step, BLOCK, COLUMNS)
-        valid = (number < first + count)[None, :]
+    for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
+        number, column = values_along(first, start, step, BLOCK, COLUMNS)
+        valid = (number < first + stop)[None, :]
         p = tl.load(value_addresses(weights, sample, number, query % BLOCK, column), mask=valid, other=0.0)
         dp = tl.load(value_addresses(grad, sample, number, query % BLOCK, column), mask=valid, other=0.0)
         ds = p.to(tl.float32) * (dp.to(tl.float32) - row_delta[:, None]) * scale
         address = value_addresses(d_scores, sample, number, query % BLOCK, column)
         tl.store(address, ds.to(d_scores[0].dtype.element_ty), mask=valid)
+    if KEY_MASK or CAUSAL:
+        _write_zeros(d_scores, sample, query, first, begin, start, BLOCK, ROWS, COLUMNS)
+        _write_zeros(d_scores, sample, query, first, tl.maximum(start, stop), end, BLOCK, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -229,6 +447,7 @@ def _bias_gradient_kernel(
     d_bias,
     numbers,
     mask,
+    key_ends,
     heads,
     query_length,
     key_length,
@@ -239,16 +458,18 @@ def _bias_gradient_kernel(
     TILE: tl.constexpr,
     OVER_ROWS: tl.constexpr,
     OVER_COLUMNS: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """One tile of the bias gradient: ``p * (dp - delta)``, added in order over all that uses it, see ``bias_user``."""
     lane = tl.arange(0, TILE)
     acc = tl.zeros([TILE, TILE], tl.float32)
     for work in range(0, count_users(users)):
         sample, head, row_tile, column_tile = bias_user(work, own_tiles, bias_heads, users)
-        query, key = row_tile * TILE + lane, column_tile * TILE + lane
-        row, column = row_tile * TILE // BLOCK, column_tile * TILE // BLOCK
-        if tl.load(mask[0] + head * mask[1] + row.to(tl.int64) * mask[2] + column.to(tl.int64) * mask[3]) != 0:
-            number = block_number(numbers, head, row, column) + tl.zeros([TILE], tl.int64)
+        first_query, first_key = row_tile * TILE, column_tile * TILE
+        if tile_used(mask, key_ends, sample, head, first_query, first_key, BLOCK, TILE, KEY_MASK, CAUSAL):
+            query, key = first_query + lane, first_key + lane
+            number = block_number(numbers, head, first_query // BLOCK, first_key // BLOCK) + tl.zeros([TILE], tl.int64)
             exists = query < query_length
             keep = exists[:, None] & (key < key_length)[None, :]
             p = tl.load(value_addresses(weights, sample, number, query % BLOCK, key % BLOCK)).to(tl.float32)
@@ -256,6 +477,12 @@ def _bias_gradient_kernel(
             place = delta + (sample * heads + head) * query_length + query
             acc += tl.where(keep, p * (dp - tl.load(place, mask=exists, other=0.0)[:, None]), 0.0)
     store_bias_gradient(d_bias, acc, own_tiles, query_length, key_length, TILE, OVER_ROWS, OVER_COLUMNS)
+
+
+def _empty_partial(like: Tensor, rows: TileIndex, pairs: int, block_size: int, tile_rows: int, numbers: int) -> Tensor:
+    """Room for so many numbers of each row of all segments."""
+    slots = item_count(pairs, rows, block_size, tile_rows, only_segments=True)
+    return like.new_empty(slots, numbers, tile_rows, dtype=torch.float32)
 
 
 @torch.library.custom_op("sat::sparse_softmax_triton", mutates_args=())
@@ -284,30 +511,50 @@ def block_softmax(
     shape = tile("softmax", block_size, block_size, scores.dtype, scores.device)
     tile_rows = min(shape.rows, block_size)
     key_mask = real_bytes(key_padding_mask)
-    _, seen = ends(key_mask, count_pruned)
+    key_ends, seen = ends(key_mask, count_pruned)
+    pairs = batch * num_heads
+    partial = _empty_partial(scores, rows, pairs, block_size, tile_rows, 3)
+    numbers, lists, bias = numbered(index[0], num_heads, nnz), listed(rows), broadcast(attn_bias)
+    sizes = (num_heads, query_length, key_length, scale)
+    options = {
+        "BLOCK": block_size,
+        "ROWS": tile_rows,
+        "COLUMNS": shape.columns,
+        "BIAS": attn_bias is not None,
+        "KEY_MASK": key_mask is not None,
+        "CAUSAL": is_causal,
+        "COUNT_PRUNED": count_pruned,
+        "STAGES": shape.stages,
+        "num_warps": shape.warps,
+    }
+    if rows.capacity:
+        launch(
+            _segment_sums_kernel,
+            item_count(pairs, rows, block_size, tile_rows, only_segments=True),
+            strided(scores),
+            partial,
+            bias,
+            key_mask,
+            key_ends,
+            numbers,
+            lists,
+            *sizes,
+            **options,
+        )
     launch(
         _softmax_kernel,
-        batch * num_heads * rows.groups * (block_size // tile_rows),
+        item_count(pairs, rows, block_size, tile_rows),
         strided(scores),
         strided(out),
-        broadcast(attn_bias),
+        partial,
+        bias,
         key_mask,
+        key_ends,
         seen,
-        numbered(index[0], num_heads, nnz),
-        listed(rows),
-        num_heads,
-        query_length,
-        key_length,
-        scale,
-        BLOCK=block_size,
-        ROWS=tile_rows,
-        COLUMNS=shape.columns,
-        BIAS=attn_bias is not None,
-        KEY_MASK=key_mask is not None,
-        CAUSAL=is_causal,
-        COUNT_PRUNED=count_pruned,
-        STAGES=shape.stages,
-        num_warps=shape.warps,
+        numbers,
+        lists,
+        *sizes,
+        **options,
     )
     return out
 
@@ -327,12 +574,14 @@ def _empty_gradients(grad: Tensor, bias_shape: list[int] | None) -> tuple[Tensor
 def block_softmax_backward(
     grad: Tensor,
     weights: Tensor,
+    key_padding_mask: Tensor | None,
     mask: Tensor,
     index: list[Tensor],
     num_heads: int,
     query_length: int,
     key_length: int,
     scale: float,
+    is_causal: bool,
     bias_shape: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the scores and, in float32, to a bias of this shape (empty without one)."""
@@ -342,23 +591,48 @@ def block_softmax_backward(
     rows, numbers = TileIndex(*index[1:5]), numbered(index[0], num_heads, nnz)
     shape = tile("softmax", block_size, block_size, grad.dtype, grad.device)
     tile_rows = min(shape.rows, block_size)
+    key_ends, _ = ends(real_bytes(key_padding_mask))
+    pairs = batch * num_heads
+    partial = _empty_partial(grad, rows, pairs, block_size, tile_rows, 1)
+    options = {
+        "BLOCK": block_size,
+        "ROWS": tile_rows,
+        "COLUMNS": shape.columns,
+        "KEY_MASK": key_ends is not None,
+        "CAUSAL": is_causal,
+        "STAGES": shape.stages,
+        "num_warps": shape.warps,
+    }
+    if rows.capacity:
+        launch(
+            _segment_delta_kernel,
+            item_count(pairs, rows, block_size, tile_rows, only_segments=True),
+            strided(weights),
+            strided(grad),
+            partial,
+            key_ends,
+            numbers,
+            listed(rows),
+            num_heads,
+            key_length,
+            **options,
+        )
     launch(
         _softmax_gradient_kernel,
-        batch * num_heads * rows.groups * (block_size // tile_rows),
+        item_count(pairs, rows, block_size, tile_rows),
         strided(weights),
         strided(grad),
         strided(d_scores),
+        partial,
         delta,
+        key_ends,
         numbers,
         listed(rows),
         num_heads,
         query_length,
+        key_length,
         scale,
-        BLOCK=block_size,
-        ROWS=tile_rows,
-        COLUMNS=shape.columns,
-        STAGES=shape.stages,
-        num_warps=shape.warps,
+        **options,
     )
     if bias_shape is None:
         return d_scores, d_bias
@@ -374,6 +648,7 @@ def block_softmax_backward(
         d_bias,
         numbers,
         broadcast(mask.view(torch.uint8)),
+        key_ends,
         num_heads,
         query_length,
         key_length,
@@ -384,6 +659,8 @@ def block_softmax_backward(
         TILE=size,
         OVER_ROWS=bias_shape[2] == 1,
         OVER_COLUMNS=bias_shape[3] == 1,
+        KEY_MASK=key_ends is not None,
+        CAUSAL=is_causal,
     )
     return d_scores, d_bias
 
@@ -392,29 +669,31 @@ def block_softmax_backward(
 def _(
     grad: Tensor,
     weights: Tensor,
+    key_padding_mask: Tensor | None,
     mask: Tensor,
     index: list[Tensor],
     num_heads: int,
     query_length: int,
     key_length: int,
     scale: float,
+    is_causal: bool,
     bias_shape: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     return _empty_gradients(grad, bias_shape)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    _, bias, _, mask, index, num_heads, query_length, key_length, scale, _, _ = inputs
-    ctx.save_for_backward(output, mask, *index)
-    ctx.numbers = (num_heads, query_length, key_length, scale)  # type: ignore[attr-defined]
+    _, bias, key_padding_mask, mask, index, num_heads, query_length, key_length, scale, is_causal, _ = inputs
+    ctx.save_for_backward(output, key_padding_mask, mask, *index)
+    ctx.numbers = (num_heads, query_length, key_length, scale, is_causal)  # type: ignore[attr-defined]
     ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-    weights, mask, *index = ctx.saved_tensors  # type: ignore[attr-defined]
+    weights, key_padding_mask, mask, *index = ctx.saved_tensors  # type: ignore[attr-defined]
     bias_shape, bias_dtype = ctx.bias if ctx.needs_input_grad[1] else (None, None)  # type: ignore[attr-defined]
     numbers = ctx.numbers  # type: ignore[attr-defined]
-    d_scores, d_bias = block_softmax_backward(grad, weights, mask, index, *numbers, bias_shape)
+    d_scores, d_bias = block_softmax_backward(grad, weights, key_padding_mask, mask, index, *numbers, bias_shape)
     d_bias = None if bias_shape is None else d_bias.to(bias_dtype)
     return d_scores, d_bias, None, None, [None] * len(index), *[None] * 6
 

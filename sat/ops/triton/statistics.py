@@ -123,11 +123,46 @@ def _logsumexp_kernel(
 
 
 @triton.jit
+def _weights(
+    q,
+    k,
+    key_mask,
+    b_lse,
+    sample,
+    head,
+    query,
+    key,
+    real,
+    inside,
+    key_length,
+    scale,
+    D: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Weights ``[TILE, TILE]`` of one head of one sample, 0 at padded keys."""
+    if PART >= D:
+        b_q = load_part(q, sample, head, query, real, 0, D, PART)  # [TILE, PART]
+        b_k = load_part(k, sample, head, key, inside, 0, D, PART)
+        s = dot(b_q, tl.trans(b_k), tl.zeros([TILE, TILE], tl.float32), PRECISION)
+    else:
+        s = _scores_by_parts(q, k, sample, head, query, key, real, inside, D, PART, PRECISION, STAGES)
+    p = tl.exp2(s * scale - b_lse[:, None])
+    if KEY_MASK:
+        p = tl.where(real_tokens(key_mask, sample, key, inside, key_length)[None, :], p, 0.0)
+    return p
+
+
+@triton.jit
 def _statistics_kernel(
     lse,
     q,
     k,
     key_mask,
+    key_ends,
     pooled,
     moments,
     matrix,
@@ -141,6 +176,7 @@ def _statistics_kernel(
     TILE: tl.constexpr,
     CELL: tl.constexpr,
     KEY_MASK: tl.constexpr,
+    QUERY_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     MATRIX: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -166,18 +202,37 @@ def _statistics_kernel(
     # One loop over heads and samples, so that the next head's first loads are under way during the last sample.
     for step in tl.range(0, steps, num_stages=STAGES):
         head, sample = (step // batch).to(tl.int64), (step % batch).to(tl.int64)
-        if PART >= D:
-            b_q = load_part(q, sample, head, query, real, 0, D, PART)  # [TILE, PART]
-            b_k = load_part(k, sample, head, key, inside, 0, D, PART)
-            s = dot(b_q, tl.trans(b_k), tl.zeros([TILE, TILE], tl.float32), PRECISION)
-        else:
-            s = _scores_by_parts(q, k, sample, head, query, key, real, inside, D, PART, PRECISION, STAGES)
         p_lse = lse + (sample * heads + head) * query_length + query
         b_lse = tl.load(p_lse, mask=real, other=float("inf"))
-        p = tl.exp2(s * scale - b_lse[:, None])
+        # A tile that holds nothing but this sample's padding is not computed.
+        alive = True
+        if QUERY_MASK:
+            alive = tl.max((b_lse != float("inf")).to(tl.int32), 0) > 0
         if KEY_MASK:
-            p = tl.where(real_tokens(key_mask, sample, key, inside, key_length)[None, :], p, 0.0)
-        acc += p
+            reached = column * TILE < tl.load(key_ends + sample * 2 + 1)
+            reached = reached & ((column + 1) * TILE > tl.load(key_ends + sample * 2))
+            alive = alive & reached if QUERY_MASK else reached
+        if alive:
+            acc += _weights(
+                q,
+                k,
+                key_mask,
+                b_lse,
+                sample,
+                head,
+                query,
+                key,
+                real,
+                inside,
+                key_length,
+                scale,
+                D,
+                PART,
+                TILE,
+                KEY_MASK,
+                PRECISION,
+                STAGES,
+            )
         if step % batch == batch - 1:
             # What lies past the end or in the future is any number until here, where it becomes 0 once a head.
             acc = tl.where(seen, acc, 0.0)
@@ -253,10 +308,12 @@ def attention_statistics(
     precision = matrix_precision(query.dtype)
     tile, part, warps, stages = _parameters(head_dim, query.dtype, precision, capability(query.device))
     key_mask, query_mask = real_bytes(key_padding_mask), real_bytes(query_padding_mask)
+    key_ends, _ = ends(key_mask)
     common = {
         "D": head_dim,
         "PART": part,
         "KEY_MASK": key_mask is not None,
+        "QUERY_MASK": query_mask is not None,
         "CAUSAL": is_causal,
         "PRECISION": precision,
         "STAGES": stages,
@@ -276,7 +333,7 @@ def attention_statistics(
             strided(query),
             strided(key),
             key_mask,
-            ends(key_mask)[0],
+            key_ends,
             query_mask,
             heads,
             query_length,
@@ -284,7 +341,6 @@ def attention_statistics(
             scale * LOG2_E,
             ROWS=tile,
             COLUMNS=tile,
-            QUERY_MASK=query_mask is not None,
             RAGGED=key_length % tile != 0,
             **common,
         )
@@ -302,6 +358,7 @@ def attention_statistics(
         strided(query),
         strided(key),
         key_mask,
+        key_ends,
         pooled,
         moments,
         matrix,

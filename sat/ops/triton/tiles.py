@@ -41,21 +41,23 @@ def pieces(block_size: int, width: int) -> int:
     return max(1, block_size // width)
 
 
-def item_count(pairs: int, index: TileIndex, block_size: int, width: int) -> int:
+def item_count(pairs: int, index: TileIndex, block_size: int, width: int, *, only_segments: bool = False) -> int:
     """Programs that :func:`find_item` expects, for ``pairs`` samples times heads."""
-    return pairs * (index.groups + index.capacity) * pieces(block_size, width)
+    places = index.capacity if only_segments else index.groups + index.capacity
+    return pairs * places * pieces(block_size, width)
 
 
 @triton.jit
-def find_item(lists, heads, PIECES: tl.constexpr):
+def find_item(lists, heads, PIECES: tl.constexpr, ONLY_SEGMENTS: tl.constexpr = False):
     """What this program computes: its sample and head, its tile, and the part of a list that it walks.
 
     The programs of one head stand together, so that they find its keys in the cache; segments of cut lists come first,
-    because they are the longest. ``slot`` is the place of a partial result, -1 for a whole list.
+    because they are the longest. ``slot`` is the place of a partial result, -1 for a whole list. ``ONLY_SEGMENTS``
+    leaves whole lists out.
     """
     entries, counts, segments, slots, groups, longest, capacity, head_stride = lists
     program = tl.program_id(0)
-    items = (capacity + groups) * PIECES
+    items = capacity * PIECES if ONLY_SEGMENTS else (capacity + groups) * PIECES
     pair = program // items
     item = program % items
     sample, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -91,6 +93,31 @@ def narrow(entry_list, start, stop, first_block, last_block):
         before += tl.sum(((lane < stop) & (block < first_block)).to(tl.int32), 0)
         within += tl.sum(((lane < stop) & (block < last_block)).to(tl.int32), 0)
     return start + before, start + within
+
+
+@triton.jit
+def narrow_keys(
+    entry_list,
+    start,
+    stop,
+    key_ends,
+    sample,
+    last_query,
+    key_length,
+    BLOCK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """The part of a row's list that holds keys which are real in this sample and not past ``last_query``."""
+    if KEY_MASK or CAUSAL:
+        first_block, last_block = 0, tl.cdiv(key_length, BLOCK)
+        if KEY_MASK:
+            first_block = tl.load(key_ends + sample * 2) // BLOCK
+            last_block = tl.cdiv(tl.load(key_ends + sample * 2 + 1), BLOCK)
+        if CAUSAL:
+            last_block = tl.minimum(last_block, last_query // BLOCK + 1)
+        start, stop = narrow(entry_list, start, stop, first_block, last_block)
+    return start, stop
 
 
 @triton.jit
@@ -183,19 +210,27 @@ def load_partial(partial, slot, WIDTH: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def find_segments(lists, heads, PIECES: tl.constexpr):
-    """For a program that joins one tile's segments: its sample, head and tile, its first slot and number of slots.
+def segments_of(lists, head, pair, tile, PIECES: tl.constexpr):
+    """First slot of a tile's segments, and how many there are: 0 where its list was not cut.
 
-    Segment i lies ``i * PIECES`` after the first slot. The number is 0 where the list was not cut.
+    Segment i lies ``i * PIECES`` after the first slot.
     """
     _, _, _, slots, groups, _, capacity, head_stride = lists
+    place = slots + (head * head_stride * groups + tile // PIECES) * 2
+    first = (pair * capacity + tl.load(place)) * PIECES + tile % PIECES
+    return first, tl.load(place + 1)
+
+
+@triton.jit
+def find_segments(lists, heads, PIECES: tl.constexpr):
+    """For a program that joins one tile's segments: its sample, head and tile, and :func:`segments_of` them."""
+    _, _, _, _, groups, _, _, _ = lists
     program = tl.program_id(0)
     pair = (program // (groups * PIECES)).to(tl.int64)
     tile = program % (groups * PIECES)
     sample, head = pair // heads, pair % heads
-    place = slots + (head * head_stride * groups + tile // PIECES) * 2
-    first = (pair * capacity + tl.load(place)) * PIECES + tile % PIECES
-    return sample, head, pair, tile, first, tl.load(place + 1)
+    first, parts = segments_of(lists, head, pair, tile, PIECES)
+    return sample, head, pair, tile, first, parts
 
 
 @triton.jit

@@ -277,15 +277,42 @@ def test_long_lists_are_cut_and_joined():
         key,
         "spmm weights value",
     )
-    options = {"scale": 0.5, "key_padding_mask": None, "is_causal": False, "pruned": "zero"}
+
+
+@pytest.mark.parametrize("pruned", ["drop", "zero"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_softmax_of_long_rows_is_cut_and_joined(masked, pruned):
+    layout, length = make_heavy_layout(), 20 * 16 - 3
+    values = randn(BATCH, layout.nnz, 16, 16, dtype=torch.float32)
+    padding = torch.ones(BATCH, length, dtype=torch.bool, device=device)
+    padding[0, :70] = padding[0, 200:] = padding[1, 250:] = False  # also whole segments of the long row
+    options = {"scale": 0.5, "key_padding_mask": padding if masked else None, "is_causal": masked, "pruned": pruned}
     lengths = {"num_heads": HEADS, "query_length": length, "key_length": length}
     check(
-        lambda s: sparse_softmax(s, layout, attn_bias=None, **lengths, **options),
-        lambda s: dense_softmax(s, None, layout, length, length, **options),
-        [values],
+        lambda s, bias: sparse_softmax(s, layout, attn_bias=bias, **lengths, **options),
+        lambda s, bias: dense_softmax(s, bias, layout, length, length, **options),
+        [values, randn(1, HEADS, length, length, dtype=torch.float32)],
         values.roll(1, 2),
-        "softmax scores",
+        "softmax scores bias",
     )
+
+
+def test_softmax_does_not_read_blocks_of_padding_or_of_the_future():
+    layout = make_heavy_layout()
+    lengths = {"num_heads": HEADS, "query_length": 320, "key_length": 320}
+    padding = torch.ones(1, 320, dtype=torch.bool, device=device)
+    padding[:, :16] = padding[:, 300:] = False
+    scores = randn(1, layout.nnz, 16, 16, dtype=torch.float32)
+    unread = torch.tensor([c in (0, 19) or c > r for _, r, c in each_block(layout)], device=device)
+    scores[:, unread] = torch.nan
+    options = {"key_padding_mask": padding, "is_causal": True, "pruned": "drop", "scale": 0.5, "attn_bias": None}
+    scores.requires_grad_()
+    weights = sparse_softmax(scores, layout, **lengths, **options)
+    gradient = torch.autograd.grad(weights, scores, scores.detach())[0]
+    assert weights.isfinite().all()
+    assert gradient.isfinite().all()
+    assert (weights[:, unread] == 0).all()
+    assert (gradient[:, unread] == 0).all()
 
 
 def compose(query: Tensor, key: Tensor, bias: Tensor, layout: BlockLayout) -> Tensor:

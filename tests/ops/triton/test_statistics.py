@@ -100,6 +100,25 @@ def test_one_mask_alone(which):
     check(*inputs(40, 50), 16, **({"keep": keep} if which == "key" else {"keep_queries": keep_queries}))
 
 
+@pytest.mark.parametrize("which", ["keys", "queries", "both"])
+def test_tiles_of_padding_are_skipped(which):
+    query, key = inputs(200, 200)
+    keep = torch.ones(3, 200, dtype=torch.bool, device=device)
+    keep[0, :64] = keep[1, 130:] = False  # tiles have 64 tokens
+    keep[2] = False
+    options = {}
+    if which != "queries":
+        options["keep"] = keep
+    if which != "keys":
+        options["keep_queries"] = keep
+    expected = check(query, key, 32, **options)
+    for x, name in ((query, "keep_queries"), (key, "keep")):
+        if name in options:
+            x[0, :, :64] = x[1, :, 192:] = x[2] = torch.nan
+    for ours, before in zip(run(query, key, 32, **options), expected, strict=True):
+        assert torch.equal(ours, before)
+
+
 def test_one_sample_one_head():
     check(*inputs(20, 20, batch=1, heads=1), 16, causal=True)
 
