@@ -114,14 +114,13 @@ def _call(case: Case) -> None:
     masks: dict[str, Any] = {}
     if case.options != "plain":
         masks = {"key_padding_mask": keep, "is_causal": True}
-    attention = dict(masks)
-    if case.options != "plain":
-        attention["query_padding_mask"] = keep
+    queries = {} if case.options == "plain" else {"query_padding_mask": keep}
+    attention = masks | queries
     if case.options == "all":
         bias = torch.zeros(1, 2, LENGTH, LENGTH, requires_grad=True)
         attention |= {"attn_bias": bias, "dropout_p": 0.1, "pruned": "zero"}
     ops.block_sparse_attention(query, key, value, layout, backend="triton", **attention).sum().backward()
-    ops.attention_statistics(query, key, size, score_matrix=True, backend="triton", **masks)
+    ops.attention_statistics(query, key, size, score_matrix=True, backend="triton", **masks, **queries)
     if case.options != "plain":
         masks["pruned"] = "zero"
     scores = ops.sddmm(query, key, layout, backend="triton")

@@ -316,21 +316,20 @@ def _bias_gradient_kernel(
             exists, inside = query < query_length, key < key_length
             pair = sample * heads + head
             pivot, log_norm = load_lse(lse, pair, query, query_length, exists)
-            if tl.max((pivot != float("inf")).to(tl.int32), 0) > 0:  # else these queries are padding
-                row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
-                if KEY_MASK:
-                    inside = real_tokens(key_mask, sample, key, inside, key_length)
-                keep = exists[:, None] & inside[None, :]
-                s = _products(q, k, sample, head, query, key, exists, inside, D, DIM, PRECISION) * scale_log2
-                s += bias_tile(bias, sample, head, query[:, None], key[None, :], keep)
-                if CAUSAL:
-                    keep = keep & (key[None, :] <= query[:, None])
-                p = tl.where(keep, tl.exp2((s - pivot[:, None]) - log_norm[:, None]), 0.0)
-                d_p = _products(grad, v, sample, head, query, key, exists, inside, D, DIM, PRECISION)
-                if DROPOUT:
-                    kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
-                    d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
-                acc += p * (d_p - row_delta[:, None])
+            row_delta = tl.load(delta + pair * query_length + query, mask=exists, other=0.0)
+            if KEY_MASK:
+                inside = real_tokens(key_mask, sample, key, inside, key_length)
+            keep = exists[:, None] & inside[None, :]
+            s = _products(q, k, sample, head, query, key, exists, inside, D, DIM, PRECISION) * scale_log2
+            s += bias_tile(bias, sample, head, query[:, None], key[None, :], keep)
+            if CAUSAL:
+                keep = keep & (key[None, :] <= query[:, None])
+            p = tl.where(keep, tl.exp2((s - pivot[:, None]) - log_norm[:, None]), 0.0)
+            d_p = _products(grad, v, sample, head, query, key, exists, inside, D, DIM, PRECISION)
+            if DROPOUT:
+                kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
+                d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
+            acc += p * (d_p - row_delta[:, None])
     store_bias_gradient(d_bias, acc, own_tiles, query_length, key_length, TILE, OVER_ROWS, OVER_COLUMNS)
 
 
@@ -479,7 +478,7 @@ def block_attention_backward(
             TILE=size,
             OVER_ROWS=attn_bias.shape[2] == 1,
             OVER_COLUMNS=attn_bias.shape[3] == 1,
-            num_warps=8 if padded(dim) > 128 else 4,
+            num_warps=8 if padded(dim) > 128 else 2 if padded(dim) <= 32 and query.dtype == torch.float32 else 4,
             num_stages=1,
             **options,
         )

@@ -62,7 +62,7 @@ _HALF: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "sddmm wide": _same(Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)),
     "spmm": _same(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
     "spmm wide": _same(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-    "softmax": _same(Tile(16, 128, 8, 1), Tile(16, 128, 8, 1)),
+    "softmax": _same(Tile(16, 64, 4, 1), Tile(16, 64, 4, 1)),
 }
 _HALF_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {
     "attention": {64: (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3))},
@@ -104,7 +104,7 @@ _SINGLE: dict[str, dict[int, tuple[Tile, Tile]]] = {
     },
     "sddmm": _same(Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
     "spmm": _same(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
-    "softmax": _same(Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
+    "softmax": _same(Tile(16, 64, 4, 1), Tile(16, 64, 4, 1)),
 }
 
 _SINGLE_OLDER: dict[str, dict[int, tuple[Tile, Tile]]] = {

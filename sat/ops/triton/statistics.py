@@ -127,7 +127,7 @@ def _weights(
     q,
     k,
     key_mask,
-    b_lse,
+    p_lse,
     sample,
     head,
     query,
@@ -150,6 +150,7 @@ def _weights(
         s = dot(b_q, tl.trans(b_k), tl.zeros([TILE, TILE], tl.float32), PRECISION)
     else:
         s = _scores_by_parts(q, k, sample, head, query, key, real, inside, D, PART, PRECISION, STAGES)
+    b_lse = tl.load(p_lse, mask=real, other=float("inf"))
     p = tl.exp2(s * scale - b_lse[:, None])
     if KEY_MASK:
         p = tl.where(real_tokens(key_mask, sample, key, inside, key_length)[None, :], p, 0.0)
@@ -203,10 +204,10 @@ def _statistics_kernel(
     for step in tl.range(0, steps, num_stages=STAGES):
         head, sample = (step // batch).to(tl.int64), (step % batch).to(tl.int64)
         p_lse = lse + (sample * heads + head) * query_length + query
-        b_lse = tl.load(p_lse, mask=real, other=float("inf"))
         # A tile that holds nothing but this sample's padding is not computed.
         alive = True
         if QUERY_MASK:
+            b_lse = tl.load(p_lse, mask=real, other=float("inf"))
             alive = tl.max((b_lse != float("inf")).to(tl.int32), 0) > 0
         if KEY_MASK:
             reached = column * TILE < tl.load(key_ends + sample * 2 + 1)
@@ -217,7 +218,7 @@ def _statistics_kernel(
                 q,
                 k,
                 key_mask,
-                b_lse,
+                p_lse,
                 sample,
                 head,
                 query,
@@ -271,7 +272,9 @@ class Parameters(NamedTuple):
     stages: int
 
 
-def _parameters(head_dim: int, dtype: torch.dtype, precision: str, device: tuple[int, int]) -> Parameters:
+def _parameters(
+    head_dim: int, dtype: torch.dtype, precision: str, device: tuple[int, int], masked: bool
+) -> Parameters:
     """What was compiled without spills for compute capabilities 8.0, 9.0 and 10.0."""
     dim = padded(head_dim)
     if dtype == torch.float32:
@@ -281,7 +284,9 @@ def _parameters(head_dim: int, dtype: torch.dtype, precision: str, device: tuple
             return Parameters(64, dim, 8, 2)
         return Parameters(64, 32, 8, 2) if device[0] == 9 else Parameters(32, 16, 4, 2)
     if device[0] == 10:
-        return Parameters(64, dim, 8, 1 if dim in (64, 256) else 3 if dim <= 64 else 2)
+        return Parameters(64, dim, 8, 3 if dim < 64 else 2 if dim == 128 and not masked else 1)
+    if dim == 256 and device[0] != 9:
+        return Parameters(64, dim, 8, 1)
     return Parameters(64, dim, 8, 3 if dim == 64 or (dim < 64 and device[0] == 9) else 2)
 
 
@@ -306,8 +311,9 @@ def attention_statistics(
     batch, heads, query_length, head_dim = query.shape
     key_length = key.shape[2]
     precision = matrix_precision(query.dtype)
-    tile, part, warps, stages = _parameters(head_dim, query.dtype, precision, capability(query.device))
     key_mask, query_mask = real_bytes(key_padding_mask), real_bytes(query_padding_mask)
+    masked = key_mask is not None or query_mask is not None
+    tile, part, warps, stages = _parameters(head_dim, query.dtype, precision, capability(query.device), masked)
     key_ends, _ = ends(key_mask)
     common = {
         "D": head_dim,
