@@ -114,7 +114,7 @@ def _call(case: Case) -> None:
     masks: dict[str, Any] = {}
     if case.options != "plain":
         masks = {"key_padding_mask": keep, "is_causal": True}
-    queries = {} if case.options == "plain" else {"query_padding_mask": keep}
+    queries: dict[str, Any] = {} if case.options == "plain" else {"query_padding_mask": keep}
     attention = masks | queries
     if case.options == "all":
         bias = torch.zeros(1, 2, LENGTH, LENGTH, requires_grad=True)

@@ -272,9 +272,7 @@ class Parameters(NamedTuple):
     stages: int
 
 
-def _parameters(
-    head_dim: int, dtype: torch.dtype, precision: str, device: tuple[int, int], masked: bool
-) -> Parameters:
+def _parameters(head_dim: int, dtype: torch.dtype, precision: str, device: tuple[int, int], masked: bool) -> Parameters:
     """What was compiled without spills for compute capabilities 8.0, 9.0 and 10.0."""
     dim = padded(head_dim)
     if dtype == torch.float32:
@@ -282,9 +280,11 @@ def _parameters(
             return Parameters(64, dim, 8, 1)
         if precision == "tf32" and dim <= 128:
             return Parameters(64, dim, 8, 2)
-        return Parameters(64, 32, 8, 2) if device[0] == 9 else Parameters(32, 16, 4, 2)
+        if device[0] == 9:
+            return Parameters(64, 32, 8, 2)
+        return Parameters(32, 16, 4, 1 if masked and device[0] == 10 else 2)
     if device[0] == 10:
-        return Parameters(64, dim, 8, 3 if dim < 64 else 2 if dim == 128 and not masked else 1)
+        return Parameters(64, dim, 8, {64: (1, 2), 128: (2, 1), 256: (1, 1)}.get(dim, (3, 3))[masked])
     if dim == 256 and device[0] != 9:
         return Parameters(64, dim, 8, 1)
     return Parameters(64, dim, 8, 3 if dim == 64 or (dim < 64 and device[0] == 9) else 2)
