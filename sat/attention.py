@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sat import ops
 from sat.layout import BlockLayout
+from sat.ops.autocast import as_autocast_does
 
 
 class AdaptiveAttention(nn.Module):
@@ -128,11 +129,8 @@ class AdaptiveAttention(nn.Module):
                 f"this attention was made for {self.num_heads} heads and up to {self.seq_len} tokens, got {heads} "
                 f"heads, {query_length} queries and {key_length} keys"
             )
-        device = query.device.type
-        if torch.is_autocast_enabled(device):
-            # As autocast itself does for PyTorch's attention: both phases and the statistics see one dtype.
-            dtype = torch.get_autocast_dtype(device)
-            query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+        # Both phases and the statistics see one dtype.
+        query, key, value = as_autocast_does(query, key, value)
         if self.observe_samples:
             self.statistics = self._observe(query, key, key_padding_mask, query_padding_mask)
         dropout = self.dropout if self.training else 0.0

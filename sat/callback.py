@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -31,12 +31,14 @@ class AdaptiveSparsity(Callback):
         coverage: keep the fewest blocks that hold this share of the attention mass, 0 to 1.
         min_density: least share of blocks under ``coverage``.
         max_density: largest share of blocks under ``coverage``.
-        mask: how block scores are learned: ``direct`` (one logit a block), ``bilinear``, or ``gram`` (the paper's).
+        mask: how block scores are learned: ``direct`` (one logit a block), ``bilinear``, or ``gram`` (the paper's); or
+            ``spion``: not at all, patterns are traced in the scores themselves (SAT's forerunner).
         mask_rank: inner dimension of ``bilinear`` and ``gram``.
+        quantile: of ``spion``, in place of a density: share of the blocks below the threshold, 0 to 1.
         per_head: one layout a head instead of one a layer.
         keep_diagonal: always keep the blocks on the diagonal.
         min_blocks_per_row: always keep so many blocks of each row.
-        theta: leave the dense phase at this skewness of the scores or above (with the next).
+        theta: leave the dense phase at this skewness of the scores or above (with the next); null: at any.
         delta: ... and when the distance between successive score matrices changes by less, in percent.
         smoothing: weight of the past in an exponential mean of both, 0 (the paper's rule) to below 1.
         patience: successive observations at which the rule must hold.
@@ -58,12 +60,13 @@ class AdaptiveSparsity(Callback):
         coverage: float | None = None,
         min_density: float = 0.0,
         max_density: float = 1.0,
-        mask: MaskName = "direct",
+        mask: MaskName | Literal["spion"] = "direct",
         mask_rank: int = 32,
+        quantile: float | None = None,
         per_head: bool = False,
         keep_diagonal: bool = True,
         min_blocks_per_row: int = 1,
-        theta: float = 1.7,
+        theta: float | None = 1.7,
         delta: float = 1.3,
         smoothing: float = 0.0,
         patience: int = 1,
@@ -95,6 +98,7 @@ class AdaptiveSparsity(Callback):
             max_dense_steps=max_dense_steps,
             mask=mask,
             mask_rank=mask_rank,
+            quantile=quantile,
             mask_steps=interval,  # as many fits as the paper, which fits at each step
             density=density,
             coverage=coverage,

@@ -125,6 +125,11 @@ class BlockLayout:
         moved._nnz = self._nnz
         return moved
 
+    def shared(self) -> BlockLayout:
+        """The same layout with a single head if all of its heads are equal, which costs less to walk."""
+        same = bool((self.mask == self.mask[:1]).all())
+        return BlockLayout(self.mask[:1], self.block_size) if same and self.num_heads > 1 else self
+
     def fits(self, query_length: int, key_length: int) -> bool:
         """Whether this layout covers an attention matrix of ``query_length`` x ``key_length`` tokens exactly."""
         return self.shape == (-(-query_length // self.block_size), -(-key_length // self.block_size))
@@ -255,6 +260,51 @@ class BlockLayout:
             f"BlockLayout({self.num_heads} head{'s' if self.num_heads > 1 else ''}, {rows} x {columns} blocks of "
             f"{self.block_size}, density {self.density:.3f})"
         )
+
+
+class LayoutsByLength:
+    """The layouts of a structure, made where they are first asked for, and kept.
+
+    The same object again for the same length and device: what operators have derived from a layout stays good.
+
+    Args:
+        structure: has a method ``layout(seq_len)`` that returns a :class:`BlockLayout`. If it also has ``block_size``,
+            one layout serves all lengths of as many blocks.
+    """
+
+    def __init__(self, structure: Any) -> None:
+        self.structure = structure
+        self._kept: dict[tuple[int, int, torch.device], BlockLayout] = {}
+
+    def get(self, length: int, num_heads: int, device: torch.device) -> BlockLayout:
+        """The layout for a length in tokens; with a single head if all heads have the same.
+
+        Raises:
+            TypeError: the structure returns something else than a BlockLayout.
+            ValueError: it has layouts for another number of heads.
+        """
+        place = -(-length // getattr(self.structure, "block_size", 1)), num_heads, device
+        if place not in self._kept:
+            self._kept[place] = self._make(length, num_heads, device)
+        return self._kept[place]
+
+    @torch.compiler.disable
+    def _make(self, length: int, num_heads: int, device: torch.device) -> BlockLayout:
+        with torch.inference_mode(False):  # a layout that evaluation made must serve training too
+            layout = self.structure.layout(length)
+            if not isinstance(layout, BlockLayout):
+                raise TypeError(
+                    f"{type(self.structure).__name__}.layout must return a BlockLayout, got {type(layout).__name__}"
+                )
+            if layout.num_heads not in (1, num_heads):
+                raise ValueError(
+                    f"the structure has layouts for {layout.num_heads} heads, but there are {num_heads}; make it for "
+                    f"{num_heads} heads, or for 1 that all share"
+                )
+            return layout.shared().to(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}  # a copy makes its own
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -104,6 +104,11 @@ class ClassificationModule(LightningModule):
         name = "train/acc" if training else f"{split}/acc"
         self.log(name, metric, on_step=training, on_epoch=not training, prog_bar=True, batch_size=len(labels))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep which attention the model has: the weights of many methods are alike, what they compute is not."""
+        if (name := getattr(self.model, "attention", None)) is not None:
+            checkpoint["attention"] = {"name": name, "options": self.model.attention_options}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose cycle of the learning rate has another length.
 

@@ -23,27 +23,26 @@ from sat.callback import AdaptiveSparsity, ends_optimizer_step
 KEPT_STEP_TIMES = 2000
 
 
-def phase_name(sparsity: AdaptiveSparsity | None) -> str:
-    """``dense``, ``sparse``, or how many layers are sparse already."""
-    if sparsity is None or sparsity.controller is None or len(sparsity.transitions) == 0:
-        return "dense"
-    if sparsity.all_sparse:
-        return "sparse"
-    return f"{len(sparsity.transitions)} of {len(sparsity.attentions)} layers sparse"
-
-
 class Monitor(Callback):
     """Times the steps of each phase, measures accuracy around the switch, and prints the switch as a table.
 
     Args:
-        sparsity: the callback whose phases are watched; None for a run that stays dense.
+        sparsity: the callback whose phases are watched; None for a run that learns no layouts.
         console: where to print.
+        attention: the only phase of such a run, the name of its attention.
         switch_batches: validation batches on which accuracy is measured right before and right after the switch.
     """
 
-    def __init__(self, sparsity: AdaptiveSparsity | None, console: Console, switch_batches: int = 20) -> None:
+    def __init__(
+        self,
+        sparsity: AdaptiveSparsity | None,
+        console: Console,
+        attention: str = "dense",
+        switch_batches: int = 20,
+    ) -> None:
         super().__init__()
         self.sparsity, self.console, self.switch_batches = sparsity, console, switch_batches
+        self.attention = attention
         self.step_times: dict[str, list[float]] = {}
         self.validation_accuracy: dict[str, float] = {}
         self.validated_at = 0
@@ -51,6 +50,17 @@ class Monitor(Callback):
         self.trained = False  # whether a step has been done in this process
         self._last: float | None = None
         self._seen = 0
+
+    @property
+    def phase(self) -> str:
+        """``dense``, ``sparse``, or how many layers are sparse; the attention's name where no layouts are learned."""
+        if self.sparsity is None:
+            return self.attention
+        if self.sparsity.controller is None or len(self.sparsity.transitions) == 0:
+            return "dense"
+        if self.sparsity.all_sparse:
+            return "sparse"
+        return f"{len(self.sparsity.transitions)} of {len(self.sparsity.attentions)} layers sparse"
 
     def median_step_ms(self, phase: str) -> float | None:
         """Median time of an optimizer step in a phase, in milliseconds."""
@@ -84,7 +94,7 @@ class Monitor(Callback):
         new = self.sparsity.transitions[self._seen :] if self.sparsity else []
         now = time.perf_counter()
         if self._last is not None and not new:
-            times = self.step_times.setdefault(phase_name(self.sparsity), [])
+            times = self.step_times.setdefault(self.phase, [])
             times.append(now - self._last)
             del times[:-KEPT_STEP_TIMES]
         self._last = now
@@ -99,7 +109,7 @@ class Monitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the memory of the last phase."""
-        self.note_peak_memory(phase_name(self.sparsity), pl_module)
+        self.note_peak_memory(self.phase, pl_module)
 
     def note_peak_memory(self, phase: str, pl_module: LightningModule) -> None:
         """Peak memory in MiB: on a GPU of this phase alone, on a CPU of the whole process so far."""
@@ -280,7 +290,7 @@ def status(trainer: Trainer, monitor: Monitor) -> str:
     metrics = trainer.callback_metrics
     names = {"train/loss": "loss", "train/acc": "acc", "val/acc": "val acc"}
     parts = [f"{short} {metrics[name]:.3f}" for name, short in names.items() if name in metrics]
-    times = monitor.step_times.get(phase_name(monitor.sparsity))
+    times = monitor.step_times.get(monitor.phase)
     if times:
         parts.append(f"{1e3 * median(times[-20:]):.0f} ms")
     return " · ".join(parts)
@@ -322,7 +332,7 @@ class BarProgress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the bar."""
-        self._start(phase_name(self.monitor.sparsity), trainer.estimated_stepping_batches, trainer.global_step)
+        self._start(self.monitor.phase, trainer.estimated_stepping_batches, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -332,7 +342,7 @@ class BarProgress(Callback):
             self._bar.update(
                 self._task,
                 completed=trainer.global_step,
-                description=phase_name(self.monitor.sparsity),
+                description=self.monitor.phase,
                 status=status(trainer, self.monitor),
             )
 
@@ -386,7 +396,7 @@ class LineProgress(Callback):
         """Print a line if it is time."""
         if ends_optimizer_step(trainer, batch_idx) and self._is_time():
             step = f"step {trainer.global_step}/{int(trainer.estimated_stepping_batches)}"
-            line = f"{step} · {phase_name(self.monitor.sparsity)} · {status(trainer, self.monitor)}"
+            line = f"{step} · {self.monitor.phase} · {status(trainer, self.monitor)}"
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_test_batch_end(

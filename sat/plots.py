@@ -80,7 +80,7 @@ def plot_statistics(
     relative_change: Sequence[Sequence[float]],
     path: str | os.PathLike[str] | None = None,
     *,
-    theta: float,
+    theta: float | None,
     delta: float,
     switch_steps: Sequence[int | None] | None = None,
     names: Sequence[str] | None = None,
@@ -97,7 +97,7 @@ def plot_statistics(
         relative_change: ``[layers][steps]``, how much the distance between successive score matrices changed, in
             percent; NaN where undefined. Drawn on a logarithmic scale, on which a change of 0 has no place.
         path: PNG file to write; an existing one is replaced whole or not at all. None writes nothing.
-        theta: threshold of the skewness.
+        theta: threshold of the skewness; None: there is none.
         delta: threshold of the relative change, in percent.
         switch_steps: per layer, the step at which it left the dense phase; None where it has not.
         names: per layer, its name in the legend; "layer 0" and so on if left out.
@@ -130,7 +130,8 @@ def plot_statistics(
         lower.plot(steps, positive, color=color, linewidth=0.9, marker=marker)
     lower.set_yscale("log")
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _threshold(upper, theta, f"at least θ = {theta:g}", above=True)
+    if theta is not None:
+        _threshold(upper, theta, f"at least θ = {theta:g}", above=True)
     _threshold(lower, delta, f"below δ = {delta:g} %", above=False)
 
     # One line for all layers that switched together; what a line of another colour means stands in the legend.

@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sat.attention import AdaptiveAttention
+from sat.baselines import StructureAttention
 from sat.callback import AdaptiveSparsity
 from sat.files import written_whole
 from sat.layout import BlockLayout
+from sat.models import SequenceClassifier
 from sat.monitor import Monitor
 from sat.plots import plot_layouts, plot_statistics
 
@@ -131,7 +133,7 @@ def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | No
     return found[-1]
 
 
-def check_checkpoint(path: Path, module: LightningModule, adaptive: bool) -> None:
+def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassifier) -> None:
     """That a file is a checkpoint of this very model and way of training; reads tensors, numbers and strings only.
 
     Raises:
@@ -145,11 +147,19 @@ def check_checkpoint(path: Path, module: LightningModule, adaptive: bool) -> Non
         raise ValueError(f"{path} is not a whole checkpoint ({reason}); give another --ckpt_path") from error
     if not isinstance(checkpoint, Mapping) or not {"state_dict", "loops", "callbacks"} <= set(checkpoint):
         raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
-    was_adaptive = bool(checkpoint["callbacks"].get(AdaptiveSparsity.__qualname__))
-    if was_adaptive != adaptive:
-        was, now = ("adaptive" if x else "dense" for x in (was_adaptive, adaptive))
+    was = checkpoint.get("attention")
+    if was is None:  # written before there was a choice
+        was = {"name": "adaptive" if checkpoint["callbacks"].get(AdaptiveSparsity.__qualname__) else "dense"}
+    now = {"name": model.attention, "options": model.attention_options}
+    if was["name"] != now["name"]:
         raise ValueError(
-            f"{path} was trained with model.attention={was}, this run has {now}; go on with --model.attention {was}"
+            f"{path} was trained with model.attention={was['name']}, this run has {now['name']}; go on with "
+            f"--model.attention {was['name']}"
+        )
+    if was.get("options", {}) != now["options"]:
+        raise ValueError(
+            f"{path} was trained with model.attention_options={was.get('options', {})}, this run has "
+            f"{now['options']}; go on with the options that it was started with"
         )
     ours, theirs = module.state_dict(), checkpoint["state_dict"]
     odd = sorted(set(ours) ^ set(theirs))
@@ -170,31 +180,35 @@ def check_checkpoint(path: Path, module: LightningModule, adaptive: bool) -> Non
 # Results
 
 
-def phase_of(module: LightningModule) -> str:
-    """``dense``, ``sparse``, or how many of the model's attention layers are sparse."""
+def phase_of(module: LightningModule, attention: str) -> str:
+    """``dense``, ``sparse``, or how many of the model's attention layers are sparse; else the attention's name."""
     sparse = [m.is_sparse for m in module.modules() if isinstance(m, AdaptiveAttention)]
+    if not sparse:
+        return attention
     return "sparse" if all(sparse) else f"{sum(sparse)} of {len(sparse)} layers sparse" if any(sparse) else "dense"
 
 
-def save_layouts(folder: Path, layouts: Mapping[str, BlockLayout], sparsity: AdaptiveSparsity | None) -> None:
+def layouts_of(module: LightningModule) -> dict[int, BlockLayout]:
+    """The layouts in use by the number of the attention layer, learned or fixed; one head where all are equal."""
+    kinds = (AdaptiveAttention, StructureAttention)
+    found = {index: m.layout for index, m in enumerate(m for m in module.modules() if isinstance(m, kinds))}
+    return {index: layout.shared() for index, layout in found.items() if layout is not None}
+
+
+def save_layouts(folder: Path, layouts: Mapping[int, BlockLayout], sparsity: AdaptiveSparsity | None) -> None:
     """Layouts as safetensors and as a picture, statistics as a picture."""
+    if layouts:
+        (folder / "layouts").mkdir(exist_ok=True)
+        for index, layout in layouts.items():
+            layout.save(folder / "layouts" / f"layer{index}.safetensors")
+        held = {t.layer: t.captured_mass for t in sparsity.transitions} if sparsity else {}
+        plot_layouts(
+            {f"layer {index}": layout for index, layout in layouts.items()},
+            folder / "layouts.png",
+            captured=[held.get(index, math.nan) for index in layouts],
+        )
     if sparsity is None:
         return
-    kept = {index: layouts[name] for index, name in enumerate(sparsity.attentions) if name in layouts}
-    if kept:
-        (folder / "layouts").mkdir(exist_ok=True)
-        saved = {}
-        for index, layout in kept.items():
-            # A shared layout is expanded to all heads in the module; one head says the same.
-            shared = bool((layout.mask == layout.mask[:1]).all())
-            saved[index] = BlockLayout(layout.mask[:1] if shared else layout.mask, layout.block_size)
-            saved[index].save(folder / "layouts" / f"layer{index}.safetensors")
-        held = {t.layer: t.captured_mass for t in sparsity.transitions}
-        plot_layouts(
-            {f"layer {index}": layout for index, layout in saved.items()},
-            folder / "layouts.png",
-            captured=[held.get(index, math.nan) for index in saved],
-        )
     if sparsity.history and sparsity.controller is not None:
         layers = range(len(sparsity.attentions))
         steps = sparsity.controller.transition_steps
@@ -211,13 +225,23 @@ def save_layouts(folder: Path, layouts: Mapping[str, BlockLayout], sparsity: Ada
 
 
 def summarize(
-    name: str, trainer: Trainer, module: LightningModule, monitor: Monitor, sparsity: AdaptiveSparsity | None
+    name: str,
+    trainer: Trainer,
+    module: LightningModule,
+    model: SequenceClassifier,
+    monitor: Monitor,
+    sparsity: AdaptiveSparsity | None,
 ) -> dict[str, Any]:
     """What a run came to, as plain numbers and strings."""
-    dense, sparse = monitor.median_step_ms("dense"), monitor.median_step_ms("sparse")
+    phases = ("dense", "sparse") if sparsity else (monitor.phase,)
+    times = {phase: time for phase in phases if (time := monitor.median_step_ms(phase))}
+    layouts = layouts_of(module).values()
     device = module.device
     summary: dict[str, Any] = {
         "name": name,
+        "attention": model.attention,
+        "attention_options": model.attention_options,
+        "density": round(sum(layout.density for layout in layouts) / len(layouts), 4) if layouts else None,
         "steps": trainer.global_step,
         "device": torch.cuda.get_device_name()
         if device.type == "cuda"
@@ -226,11 +250,11 @@ def summarize(
         | {"python": platform.python_version()},
         "validation_accuracy": {key: round(value, 4) for key, value in monitor.validation_accuracy.items()},
         "validated_at": monitor.validated_at,
-        "median_step_ms": {key: round(value, 2) for key, value in (("dense", dense), ("sparse", sparse)) if value},
+        "median_step_ms": {phase: round(time, 2) for phase, time in times.items()},
         "peak_memory_mib": {key: round(value) for key, value in monitor.peak_memory.items()},
     }
-    if dense and sparse:
-        summary["sparse_step_speedup"] = round(dense / sparse, 2)
+    if len(times) == 2:
+        summary["sparse_step_speedup"] = round(times["dense"] / times["sparse"], 2)
     if sparsity is not None and sparsity.controller is not None:
         summary["transitions"] = [
             {key: value for key, value in t._asdict().items() if key != "layout"} for t in sparsity.transitions
@@ -268,6 +292,12 @@ def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) ->
     """What a person wants to know at the end, and where the rest lies."""
     table = Table(title=f"{summary['name']}: {summary['steps']} steps", title_justify="left", show_header=False)
     validation, test = summary["validation_accuracy"], summary["test_accuracy"]
+    attention, options = summary["attention"], summary["attention_options"]
+    if attention != "adaptive":
+        settings = ", ".join(f"{key} {value}" for key, value in options.items())
+        table.add_row("attention", f"{attention} ({settings})" if settings else attention)
+    if summary["density"] is not None:
+        table.add_row("share of the blocks kept", f"{summary['density']:.3f}")
     times, memory = summary["median_step_ms"], summary["peak_memory_mib"]
     if "before" in validation:
         table.add_row("validation accuracy before the switch", f"{validation['before']:.3f}")

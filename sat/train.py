@@ -22,7 +22,7 @@ from rich.console import Console
 
 from sat import runs
 from sat.callback import AdaptiveSparsity
-from sat.data import DATASETS, SequenceDataModule
+from sat.data import DATASETS, SequenceDataModule, TextDataModule
 from sat.files import written_whole
 from sat.models import SequenceClassifier
 from sat.module import ClassificationModule
@@ -133,7 +133,7 @@ class Run:
         seed_everything(args.seed, verbose=False)
         data_options = args.data.as_dict()
         self.data: SequenceDataModule = DATASETS[data_options.pop("name")](**data_options, seed=args.seed)
-        model = SequenceClassifier(
+        self.model = model = SequenceClassifier(
             self.data.vocab_size, self.data.seq_len, self.data.num_classes, **args.model.as_dict()
         )
         self.module = ClassificationModule(model, self.data.num_classes, **args.optimizer.as_dict())
@@ -142,18 +142,16 @@ class Run:
             graphs = 4 * (args.model.num_layers + 2)
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
             model.compile(fullgraph=True)
-        self.sparsity = None
-        if args.model.attention == "adaptive":
-            self.sparsity = AdaptiveSparsity(**args.sparsity.as_dict(), seed=args.seed)
+        self.sparsity = self._make_sparsity(args)
         checkpoint = runs.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
         if checkpoint is not None:
-            runs.check_checkpoint(checkpoint, self.module, adaptive=self.sparsity is not None)
+            runs.check_checkpoint(checkpoint, self.module, model)
         self.checkpoint = checkpoint
         self.folder = runs.run_folder(Path(args.output_dir), args.name, checkpoint)
         self.last = self.folder / "checkpoints" / "last.ckpt"
         args.ckpt_path = None  # so that the saved config starts the run anew
         self.config = parser.dump(args, skip_unset=False)
-        self.monitor = Monitor(self.sparsity, console)
+        self.monitor = Monitor(self.sparsity, console, args.model.attention)
         self.save_last = SaveLast(self.last)
         _check_trainer_options(args.trainer)
         self.best = ModelCheckpoint(
@@ -176,6 +174,29 @@ class Run:
             enable_progress_bar=False,  # ours counts steps
             default_root_dir=self.folder,
         )
+
+    def _make_sparsity(self, args: Namespace) -> AdaptiveSparsity | None:
+        """What switches the model to sparse attention, if it learns layouts at all."""
+        if args.model.attention not in ("adaptive", "spion"):
+            return None
+        options = args.sparsity.as_dict()
+        if args.model.attention == "spion":
+            # A published method with its own rules: what the section says of the criterion and the masks is SAT's.
+            own = {"quantile": 0.99 if isinstance(self.data, TextDataModule) else 0.96, "change": 15.0}
+            interval = args.trainer.val_check_interval  # SPION looks when it evaluates
+            own["interval"] = interval if isinstance(interval, int) else options["interval"]
+            unknown = sorted(set(self.model.attention_options) - set(own))
+            if unknown:
+                raise ValueError(
+                    f"model.attention_options: spion has no option {unknown[0]!r}; it has {', '.join(own)}"
+                )
+            own |= self.model.attention_options
+            for name, value in own.items():
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise ValueError(f"model.attention_options: {name} of spion must be a number, got {value!r}")
+            options |= {"mask": "spion", "quantile": own["quantile"], "density": None, "coverage": None}
+            options |= {"per_head": False, "theta": None, "delta": own["change"], "interval": own["interval"]}
+        return AdaptiveSparsity(**options, seed=args.seed)
 
     def _callbacks(self) -> list[Callback]:
         """In the order in which they act at the end of a step."""
@@ -219,15 +240,17 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """Test the final and the best model, write and print the summary."""
-        summary = runs.summarize(self.name, self.trainer, self.module, self.monitor, self.sparsity)
-        layouts = self.sparsity.layouts if self.sparsity else {}
-        runs.save_layouts(self.folder, layouts, self.sparsity)
+        summary = runs.summarize(self.name, self.trainer, self.module, self.model, self.monitor, self.sparsity)
+        runs.save_layouts(self.folder, runs.layouts_of(self.module), self.sparsity)
         summary["test_accuracy"] = self._test("final")
         if Path(self.best.best_model_path).is_file():
             best = torch.load(self.best.best_model_path, map_location="cpu", weights_only=True)
             self.module.load_state_dict(best["state_dict"])
             summary["test_accuracy"] |= self._test("best")
-            summary["best_checkpoint"] = {"step": best["global_step"], "phase": runs.phase_of(self.module)}
+            summary["best_checkpoint"] = {
+                "step": best["global_step"],
+                "phase": runs.phase_of(self.module, self.model.attention),
+            }
         runs.write_summary(self.folder / "summary.json", summary)
         runs.print_summary(self.console, self.folder, summary)
         return summary

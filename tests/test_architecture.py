@@ -25,6 +25,7 @@ FLOORS = {
     "models": 3,
     "data": 3,
     "integrations": 3,
+    "deepspeed": 3,
     "module": 4,
     "callback": 4,
     "plots": 4,

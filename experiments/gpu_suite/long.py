@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from experiments.gpu_suite import clock, layouts
 from experiments.gpu_suite.case import Case, Record, Section, Setting, number, text_table
+from sat.attention import AdaptiveAttention
 from sat.models.encoder import EncoderLayer
 
 
@@ -35,9 +36,11 @@ class Stack(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
+        attentions = [
+            AdaptiveAttention(sizes.num_heads, sizes.length, sizes.block_size) for _ in range(sizes.num_layers)
+        ]
         self.layers = nn.ModuleList(
-            EncoderLayer(sizes.width, sizes.num_heads, sizes.mlp_dim, 0.0, sizes.length, sizes.block_size)
-            for _ in range(sizes.num_layers)
+            EncoderLayer(sizes.width, sizes.num_heads, sizes.mlp_dim, 0.0, attention) for attention in attentions
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from sat.data.base import SequenceDataModule
 from sat.data.cifar10 import CIFAR10
 from sat.data.digits import Digits
 from sat.data.inaturalist import INaturalist
+from sat.data.texts import TextDataModule
 from sat.data.yelp import YelpPolarity
 
 DATASETS: dict[str, type[SequenceDataModule]] = {
@@ -15,4 +16,13 @@ DATASETS: dict[str, type[SequenceDataModule]] = {
     "yelp": YelpPolarity,
 }
 
-__all__ = ["CIFAR10", "DATASETS", "AGNews", "Digits", "INaturalist", "SequenceDataModule", "YelpPolarity"]
+__all__ = [
+    "CIFAR10",
+    "DATASETS",
+    "AGNews",
+    "Digits",
+    "INaturalist",
+    "SequenceDataModule",
+    "TextDataModule",
+    "YelpPolarity",
+]

@@ -5,25 +5,33 @@ Encoder-only, pre-LayerNorm, learned positions, GELU. Shapes: B batch, L tokens,
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sat.attention import AdaptiveAttention
+from sat.baselines import LongformerAttention, LSGAttention, make_baseline
 from sat.models.dropout import Dropout
 
-AttentionName = Literal["adaptive", "dense"]
+AttentionName = Literal["adaptive", "spion", "dense", "explicit", "structure", "flex", "longformer", "bigbird", "lsg"]
 
 
 class EncoderLayer(nn.Module):
     """Attention and MLP, each behind a LayerNorm and beside a residual connection."""
 
-    def __init__(self, width: int, num_heads: int, mlp_dim: int, dropout: float, seq_len: int, block_size: int) -> None:
+    def __init__(self, width: int, num_heads: int, mlp_dim: int, dropout: float, attention: nn.Module) -> None:
         super().__init__()
+        self.width, self.num_heads = width, num_heads
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
-        self.attention = AdaptiveAttention(num_heads, seq_len, block_size)
+        self.attention = attention
+        # Longformer's global tokens have projections of their own.
+        self.num_global = attention.num_global_tokens if isinstance(attention, LongformerAttention) else 0
+        if self.num_global:
+            self.global_query = nn.Linear(width, width)
+            self.global_key_value = nn.Linear(width, 2 * width)
         self.attention_out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_dim), nn.GELU(), Dropout(dropout), nn.Linear(mlp_dim, width))
@@ -31,11 +39,19 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """``[B, L, W]`` to ``[B, L, W]``; ``padding_mask`` bool ``[B, L]``, True = a real token."""
-        heads = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.attention.num_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, H, L, D]
-        context = self.attention(query, key, value, key_padding_mask=padding_mask, query_padding_mask=padding_mask)
+        normed = self.attention_norm(x)
+        query, key, value = self._heads(self.query_key_value(normed))
+        options: dict[str, Tensor | None] = {"key_padding_mask": padding_mask, "query_padding_mask": padding_mask}
+        if self.num_global:
+            (options["global_query"],) = self._heads(self.global_query(normed[:, : self.num_global]))
+            options["global_key"], options["global_value"] = self._heads(self.global_key_value(normed))
+        context = self.attention(query, key, value, **options)
         x = x + self.dropout(self.attention_out(context.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Projections ``[B, L, n * W]`` by heads: ``[n, B, H, L, D]``."""
+        return x.unflatten(-1, (-1, self.num_heads, self.width // self.num_heads)).permute(2, 0, 3, 1, 4)
 
 
 class Encoder(nn.Module):
@@ -52,24 +68,46 @@ class Encoder(nn.Module):
         mlp_dim: int,
         dropout: float,
         block_size: int,
+        attention: AttentionName = "adaptive",
+        attention_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        attentions: list[nn.Module] = []
+        for layer in range(num_layers):
+            if attention in ("adaptive", "spion", "dense"):
+                attentions.append(AdaptiveAttention(num_heads, seq_len, block_size))
+            else:
+                attentions.append(
+                    make_baseline(
+                        attention, num_heads, seq_len, block_size=block_size, layer=layer, options=attention_options
+                    )
+                )
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.empty(seq_len, width))
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
         self.dropout = Dropout(dropout)
-        self.layers = nn.ModuleList(
-            EncoderLayer(width, num_heads, mlp_dim, dropout, seq_len, block_size) for _ in range(num_layers)
-        )
+        # LSG's global tokens are learned and stand before the sequence.
+        first = attentions[0]
+        self.prepended = first.prepended_tokens if isinstance(first, LSGAttention) else 0
+        if self.prepended:
+            self.global_tokens = nn.Parameter(torch.empty(self.prepended, width))
+            nn.init.normal_(self.global_tokens, std=0.02)
+        self.layers = nn.ModuleList(EncoderLayer(width, num_heads, mlp_dim, dropout, each) for each in attentions)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids ``[B, L]`` (int64) to features ``[B, L, W]``; ``attention_mask`` bool, True = a real token."""
-        x = self.dropout(self.tokens(input_ids) + self.positions[: input_ids.shape[1]])
+        x = self.tokens(input_ids) + self.positions[: input_ids.shape[1]]
+        mask = attention_mask
+        if self.prepended:
+            x = torch.cat([self.global_tokens.expand(len(x), -1, -1), x], 1)
+            if mask is not None:
+                mask = torch.cat([mask.new_ones(len(mask), self.prepended), mask], 1)
+        x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x, attention_mask)
-        x = self.norm(x)
+            x = layer(x, mask)
+        x = self.norm(x[:, self.prepended :])
         return x if attention_mask is None else x * attention_mask[..., None]
 
 
@@ -86,7 +124,13 @@ class SequenceClassifier(nn.Module):
         mlp_dim: hidden features of each layer's MLP.
         head_dim: hidden features of the classification head.
         dropout: probability of dropping a feature in training, on embeddings, in and after the MLP and after attention.
-        attention: ``adaptive`` trains densely, then sparsely; ``dense`` is fused dense attention throughout.
+        attention: ``adaptive`` trains densely, then sparsely; ``spion`` too, by the rules of SAT's forerunner;
+            ``dense`` is fused dense attention throughout and ``explicit`` the same with its scores in full;
+            ``structure`` has fixed blocks, ``flex`` the same by FlexAttention; ``longformer``, ``bigbird``, ``lsg``.
+        attention_options: settings of the method. longformer: window, dilation, num_global_tokens; bigbird: block_size,
+            num_random_blocks, seed; lsg: block_size, sparse_block_size, sparsity_factor, selection, num_global_tokens;
+            structure and flex: mode and more as in DeepSpeed's sparse_attention section, or deepspeed (a JSON file), or
+            layout (a saved layout); spion: quantile, change, interval.
         block_size: edge of the layouts' blocks, in tokens.
 
     Raises:
@@ -106,6 +150,7 @@ class SequenceClassifier(nn.Module):
         head_dim: int = 128,
         dropout: float = 0.1,
         attention: AttentionName = "adaptive",
+        attention_options: dict[str, Any] | None = None,
         block_size: int = 32,
     ) -> None:
         super().__init__()
@@ -126,8 +171,13 @@ class SequenceClassifier(nn.Module):
             raise ValueError(f"width {width} cannot be split among {num_heads} heads; make it a multiple of num_heads")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        if attention not in ("adaptive", "dense"):
-            raise ValueError(f"attention must be 'adaptive' or 'dense', got {attention!r}")
+        if attention not in get_args(AttentionName):
+            raise ValueError(f"attention must be one of {', '.join(get_args(AttentionName))}, got {attention!r}")
+        if attention_options and attention in ("adaptive", "dense"):
+            raise ValueError(
+                f"model.attention_options has {', '.join(attention_options)}, but {attention} attention has no options"
+            )
+        self.attention, self.attention_options = attention, dict(attention_options or {})
         self.encoder = Encoder(
             vocab_size,
             seq_len,
@@ -136,6 +186,8 @@ class SequenceClassifier(nn.Module):
             num_heads=num_heads,
             mlp_dim=mlp_dim,
             dropout=dropout,
+            attention=attention,
+            attention_options=attention_options,
             block_size=block_size,
         )
         self.head = nn.Sequential(nn.Linear(width, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sat.layout import BlockLayout
-from sat.ops import checks, reference, torch_blocks, torch_operations
+from sat.ops import checks, masks, reference, torch_blocks, torch_operations
 from sat.ops.types import AttentionStatistics
 
 try:
@@ -41,6 +41,7 @@ __all__ = [
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 Pruned = Literal["drop", "zero"]
+MaskMode = masks.MaskMode
 
 
 def _choose_backend(backend: str, x: Tensor, block_size: int, head_dim: int | None = None) -> str:
@@ -216,7 +217,11 @@ def sparse_softmax(
     *,
     scale: float = 1.0,
     attn_bias: Tensor | None = None,
+    rpe: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask_mode: MaskMode = "add",
+    attn_mask_mode: MaskMode = "add",
     is_causal: bool = False,
     pruned: Pruned = "drop",
     num_heads: int | None = None,
@@ -226,22 +231,36 @@ def sparse_softmax(
 ) -> Tensor:
     """Softmax of ``scores * scale + attn_bias`` over the kept blocks of each row, computed in float32 or better.
 
+    Biases and masks may be given together; differentiable in the scores and in all that is added. ``rpe`` and the
+    masks' numbers and modes are those of DeepSpeed's sparse softmax.
+
     Args:
         scores: ``[B, nnz, b, b]``, from :func:`sddmm`.
         layout: where these blocks lie.
         scale: factor of the scores; the bias is not scaled.
         attn_bias: broadcastable to ``[B, H, L, S]``.
-        key_padding_mask: bool ``[B, S]``, True = a real token.
+        rpe: a relative position embedding: the same as ``attn_bias``, by another name, and added to it.
+        key_padding_mask: ``[B, S]``, bool with True = a real token, or numbers as ``key_padding_mask_mode`` says.
+        attn_mask: broadcastable to ``[B, H, L, S]``, bool with True = may attend, or numbers as ``attn_mask_mode``
+            says.
+        key_padding_mask_mode: ``"add"`` adds the numbers of a mask, which must be floating-point, to the scaled scores;
+            ``"mul"`` masks where they are 0. Either takes bools as above.
+        attn_mask_mode: the same for ``attn_mask``.
         is_causal: query i sees keys 0 to i only.
-        pruned: as in :func:`block_sparse_attention`.
+        pruned: as in :func:`block_sparse_attention`. Of the masks only ``is_causal`` and a ``key_padding_mask`` that is
+            bool or in the mode ``"mul"`` bear on pruned entries; biases and ``attn_mask`` are for the kept ones.
         num_heads: heads that share a layout of one head; by default inferred from the number of blocks.
-        query_length: L, by default from ``attn_bias``, or whole blocks.
-        key_length: S, by default from ``key_padding_mask`` or ``attn_bias``, or whole blocks. With
-            ``pruned="zero"`` and a partial last block it must be known.
+        query_length: L, by default from ``attn_bias``, ``rpe`` or ``attn_mask``, or whole blocks.
+        key_length: S, by default from ``key_padding_mask``, ``attn_bias``, ``rpe`` or ``attn_mask``, or whole blocks.
+            With ``pruned="zero"`` and a partial last block it must be known.
         backend: see the module.
 
     Returns:
         ``[B, nnz, b, b]`` in the dtype of ``scores``. Rows without a single kept key are 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or modes that do not go together.
+        RuntimeError: the backend is not available here.
     """
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
@@ -249,17 +268,26 @@ def sparse_softmax(
     checks.check_scale(scale)
     checks.check_choice("pruned", pruned, ("drop", "zero"))
     size, batch = layout.block_size, scores.shape[0]
-    bias_lengths = (1, 1, *attn_bias.shape)[-2:] if isinstance(attn_bias, Tensor) else (1, 1)
     if key_length is None and isinstance(key_padding_mask, Tensor) and key_padding_mask.dim() == 2:
         key_length = key_padding_mask.shape[1]
+    sizes = [(1, 1, *x.shape)[-2:] for x in (attn_bias, rpe, attn_mask) if isinstance(x, Tensor)]
     lengths = []
-    for given, bias_length, blocks in zip((query_length, key_length), bias_lengths, layout.shape, strict=True):
-        lengths.append(given if given is not None else bias_length if bias_length > 1 else blocks * size)
+    for dim, (given, blocks) in enumerate(zip((query_length, key_length), layout.shape, strict=True)):
+        found = (bias_size[dim] for bias_size in sizes if bias_size[dim] > 1)
+        lengths.append(given if given is not None else next(found, blocks * size))
     query_length, key_length = lengths
     checks.check_lengths(layout, query_length, key_length)
-    checks.check_padding("key_padding_mask", key_padding_mask, batch, key_length, scores.device)
-    attn_bias = checks.check_bias(attn_bias, (batch, num_heads, query_length, key_length), scores.device)
     chosen = _choose_backend(backend, scores, size)
+    key_padding_mask, attn_bias = masks.combine(
+        scores,
+        (batch, num_heads, query_length, key_length),
+        attn_bias=attn_bias,
+        rpe=rpe,
+        key_padding_mask=key_padding_mask,
+        attn_mask=attn_mask,
+        key_padding_mask_mode=key_padding_mask_mode,
+        attn_mask_mode=attn_mask_mode,
+    )
     if chosen != "torch":
         if chosen == "triton" and _is_interpreted():
             triton.warn_if_slow(scores.numel())

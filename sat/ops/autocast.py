@@ -26,3 +26,12 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, tensors in its dtype, as PyTorch's own attention gets them; float64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

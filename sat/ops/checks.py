@@ -75,39 +75,64 @@ def check_padding(name: str, mask: Tensor | None, batch: int, length: int, devic
     _check_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor with True for real tokens, got {mask.dtype}; use mask.bool()")
+    check_padding_shape(name, mask, batch, length, device)
+
+
+def check_padding_shape(name: str, mask: Tensor, batch: int, length: int, device: torch.device) -> None:
+    """A mask ``[B, length]`` of any dtype, on the tensors' device."""
     if tuple(mask.shape) != (batch, length):
         raise ValueError(f"{name} must have the shape [{batch}, {length}], got {shape_text(mask)}")
     if mask.device != device:
         raise ValueError(f"{name} is on {mask.device}, the tensors are on {device}; move it there")
 
 
-def check_bias(bias: Tensor | None, shape: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
-    """A bias broadcastable to ``[B, H, L, S]``; returned with four dimensions, expanded ones narrowed to 1.
-
-    Not so where the bias requires a gradient: each position of an expanded tensor has one of its own.
-    """
+def check_bias(
+    bias: Tensor | None, shape: tuple[int, int, int, int], device: torch.device, name: str = "attn_bias"
+) -> Tensor | None:
+    """A bias broadcastable to ``[B, H, L, S]``, with four dimensions as :func:`check_broadcast` returns it."""
     if bias is None:
         return None
-    _check_tensor("attn_bias", bias)
+    _check_tensor(name, bias)
     if bias.dtype not in DTYPES:
         hint = "; pass what may be attended to as key_padding_mask, is_causal or the layout" * (
             bias.dtype == torch.bool
         )
+        raise TypeError(f"{name} must be a floating-point tensor that is added to the scores, got {bias.dtype}{hint}")
+    return check_broadcast(name, bias, shape, device)
+
+
+def check_mask_dtype(name: str, mask: Tensor, mode: str) -> None:
+    """A mask whose numbers mean something in its mode (``"add"`` or ``"mul"``); bool does in either."""
+    _check_tensor(name, mask)
+    if mask.dtype == torch.bool or mask.dtype in DTYPES:
+        return
+    if mask.is_complex() or mask.is_floating_point():
+        raise TypeError(f"{name} must be bool, integer, float32, bfloat16, float16 or float64, got {mask.dtype}")
+    if mode == "add":
+        # Token masks are integers: adding 1 to the scores of real tokens would mask nothing, and say nothing.
         raise TypeError(
-            f"attn_bias must be a floating-point tensor that is added to the scores, got {bias.dtype}{hint}"
+            f"{name} is {mask.dtype}, but in the mode 'add' a mask is added to the scores; give a bool tensor "
+            f"({name}.bool() if 0 means masked), or a floating-point one if it is to be added"
         )
-    if bias.dim() > 4 or any(
-        have not in (1, want) for have, want in zip(reversed(bias.shape), reversed(shape), strict=False)
+
+
+def check_broadcast(name: str, x: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    """A tensor broadcastable to ``[B, H, L, S]``; returned with four dimensions, expanded ones narrowed to 1.
+
+    Not so where it requires a gradient: each position of an expanded tensor has one of its own.
+    """
+    if x.dim() > 4 or any(
+        have not in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
     ):
-        raise ValueError(f"attn_bias must be broadcastable to {list(shape)}, got {shape_text(bias)}")
-    if bias.device != device:
-        raise ValueError(f"attn_bias is on {bias.device}, the tensors are on {device}; move it there")
-    bias = bias[(None,) * (4 - bias.dim())]
-    differentiated = bias.requires_grad and torch.is_grad_enabled()
+        raise ValueError(f"{name} must be broadcastable to {list(shape)}, got {shape_text(x)}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, the tensors are on {device}; move it there")
+    x = x[(None,) * (4 - x.dim())]
+    differentiated = x.requires_grad and torch.is_grad_enabled()
     for dim in () if differentiated else range(4):
-        if bias.stride(dim) == 0 and bias.shape[dim] > 1:  # from expand(): one copy is enough
-            bias = bias.narrow(dim, 0, 1)
-    return bias
+        if x.stride(dim) == 0 and x.shape[dim] > 1:  # from expand(): one copy is enough
+            x = x.narrow(dim, 0, 1)
+    return x
 
 
 def check_logsumexp(logsumexp: Tensor, query: Tensor) -> None:

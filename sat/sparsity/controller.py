@@ -17,6 +17,7 @@ from sat.layout import BlockLayout
 from sat.sparsity.criterion import Criterion, Verdict
 from sat.sparsity.masks import MaskLearner, MaskName, make_mask
 from sat.sparsity.selection import check_selection, select_blocks
+from sat.sparsity.spion import spion_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass
 
 if TYPE_CHECKING:  # the type only: importing the operators would load Triton
@@ -58,9 +59,9 @@ class Transition(NamedTuple):
 class _Layer:
     """One layer's part of the state: dense as long as it has no layout."""
 
-    def __init__(self, history: LayerHistory, learner: MaskLearner) -> None:
+    def __init__(self, history: LayerHistory, learner: MaskLearner | None) -> None:
         self.history = history
-        self.learner: MaskLearner | None = learner
+        self.learner = learner  # None under "spion", which learns nothing, and in the sparse phase
         self.verdict = Verdict(False, 0, "no observation yet")
         self.layout: BlockLayout | None = None
         self.transition_step: int | None = None
@@ -83,7 +84,7 @@ class SparsityController:
         grid: ``(M, N)``, block rows and columns.
         block_size: edge of a block in tokens.
         lengths: ``(L, S)``, query and key length in tokens.
-        theta: see :class:`Criterion`, as ``delta``, ``smoothing`` and ``patience``.
+        theta: see :class:`Criterion`, as ``delta``, ``smoothing`` and ``patience``; None leaves skewness out.
         delta: in percent.
         smoothing: 0 is the paper's rule.
         patience: in observations.
@@ -91,10 +92,12 @@ class SparsityController:
             observation at which every layer is ready.
         min_dense_steps: no transition before this many optimizer steps.
         max_dense_steps: at the first observation from this step on, layers that are still dense leave, ready or not.
-        mask: ``"direct"``, ``"bilinear"`` or ``"gram"`` (the paper's), see :func:`make_mask`.
+        mask: ``"direct"``, ``"bilinear"`` or ``"gram"`` (the paper's), see :func:`make_mask`; or ``"spion"``, which
+            learns nothing and traces patterns in the score matrix at the transition, see :func:`spion_blocks`.
         mask_rank: rank of the gram and bilinear masks.
         mask_lr: learning rate of the masks, in units of uniform attention.
         mask_steps: gradient steps of the masks at each observation.
+        quantile: of ``"spion"`` and nothing else, in place of density and coverage.
         density: share of blocks to keep; see :func:`select_blocks` for this and what follows.
         coverage: share of attention mass to keep, instead of a density.
         min_density: bound for ``coverage``.
@@ -119,17 +122,18 @@ class SparsityController:
         block_size: int,
         lengths: tuple[int, int],
         *,
-        theta: float = 1.7,
+        theta: float | None = 1.7,
         delta: float = 1.3,
         smoothing: float = 0.0,
         patience: int = 1,
         per_layer: bool = False,
         min_dense_steps: int = 0,
         max_dense_steps: int | None = None,
-        mask: MaskName = "direct",
+        mask: MaskName | Literal["spion"] = "direct",
         mask_rank: int = 32,
         mask_lr: float = 0.05,
         mask_steps: int = 10,
+        quantile: float | None = None,
         density: float | None = None,
         coverage: float | None = None,
         min_density: float = 0.0,
@@ -146,8 +150,14 @@ class SparsityController:
         self.per_layer, self.per_head, self.mask = per_layer, per_head, mask
         self.min_dense_steps, self.max_dense_steps = min_dense_steps, max_dense_steps
         self.mask_rank, self.mask_lr, self.mask_steps = mask_rank, mask_lr, mask_steps
+        self.quantile = quantile
         self._check_settings()
-        check_selection(density, coverage, min_density, max_density, min_blocks_per_row, self.grid[1])
+        if mask == "spion":
+            self._check_spion(density, coverage, per_head)
+        else:
+            check_selection(density, coverage, min_density, max_density, min_blocks_per_row, self.grid[1])
+            if quantile is not None:
+                raise ValueError(f"quantile={quantile} belongs to mask='spion'; with mask={mask!r} give a density")
         self._selection: dict[str, Any] = {
             "density": density,
             "coverage": coverage,
@@ -189,7 +199,20 @@ class SparsityController:
                 f"{self.max_dense_steps}; None waits for the criterion without end"
             )
 
-    def _learner(self, generator: torch.Generator) -> MaskLearner:
+    def _check_spion(self, density: float | None, coverage: float | None, per_head: bool) -> None:
+        if self.quantile is None or not 0 <= self.quantile < 1:
+            raise ValueError(f"mask='spion' needs a quantile, at least 0 and below 1, got {self.quantile}; try 0.96")
+        if density is not None or coverage is not None:
+            raise ValueError(
+                f"mask='spion' keeps what lies above its quantile, so leave density and coverage away, got "
+                f"density={density} and coverage={coverage}"
+            )
+        if per_head:
+            raise ValueError("mask='spion' reads the score matrix, a mean over heads; it has no layouts per_head")
+
+    def _learner(self, generator: torch.Generator) -> MaskLearner | None:
+        if self.mask == "spion":
+            return None
         num_layouts = self.num_heads if self.per_head else 1
         mask = make_mask(self.mask, self.grid, num_layouts=num_layouts, rank=self.mask_rank, generator=generator)
         return MaskLearner(mask, self.mask_lr)
@@ -271,9 +294,9 @@ class SparsityController:
 
         for index in dense:
             layer, observed = self._layers[index], statistics[index]
-            assert layer.learner is not None
             layer.history.update(matrices[index], observed.skewness.item())
-            layer.learner.fit(observed.pooled, self.lengths[1], self.mask_steps)
+            if layer.learner is not None:
+                layer.learner.fit(observed.pooled, self.lengths[1], self.mask_steps)
             layer.verdict = self.criterion.judge(layer.history, layer.verdict.streak)
 
         if step < self.min_dense_steps:
@@ -309,12 +332,18 @@ class SparsityController:
 
     def _leave_dense(self, step: int, index: int, pooled: Tensor, forced: bool) -> Transition:
         layer = self._layers[index]
-        assert layer.learner is not None
         pooled = pooled.detach().cpu()
         mass = block_mass(pooled, self.block_size, *self.lengths)
         if not self.per_head:
             mass = mass.mean(0, keepdim=True)
-        kept = select_blocks(layer.learner.scores(), mass=mass, **self._selection)
+        if layer.learner is None:
+            assert layer.history.score_matrix is not None
+            assert self.quantile is not None
+            kept = spion_blocks(layer.history.score_matrix[None], self.block_size, self.quantile).cpu()
+            if self._selection["causal"]:
+                kept = kept.tril()
+        else:
+            kept = select_blocks(layer.learner.scores(), mass=mass, **self._selection)
 
         layer.layout = layout = BlockLayout(kept, self.block_size)
         layer.transition_step = step
@@ -387,9 +416,9 @@ class SparsityController:
             layer.learner, layer.layout, layer.transition_step = None, None, saved.get("transition_step")
             if "layout" in saved:
                 layer.layout = BlockLayout(saved["layout"].to("cpu", copy=True), self.block_size)
-            else:
-                layer.learner = self._learner(torch.Generator("cpu"))
-                layer.learner.load_state_dict(saved["learner"])
+            elif (learner := self._learner(torch.Generator("cpu"))) is not None:
+                learner.load_state_dict(saved["learner"])
+                layer.learner = learner
 
 
 def _or_nan(value: float | None) -> float:

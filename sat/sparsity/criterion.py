@@ -31,7 +31,8 @@ class Criterion:
     ``patience`` observations in a row. With the defaults for smoothing and patience this is exactly the paper's rule.
 
     Args:
-        theta: least skewness of the score matrix. The paper uses 1.7, and 1.3 for Yelp.
+        theta: least skewness of the score matrix. The paper uses 1.7, and 1.3 for Yelp. None: any, as in SPION, the
+            authors' earlier method, which waits for a delta of 15 between evaluations.
         delta: bound of the relative change, in percent, above 0. The paper uses 1.3.
         smoothing: weight of the past in the exponential means that the rule compares, 0 <= smoothing < 1; see
             :class:`LayerHistory` for what is smoothed and why.
@@ -43,13 +44,13 @@ class Criterion:
     Source: Yoon et al., IEEE Access 12 (2024), the transition of SAT; smoothing and patience are ours.
     """
 
-    theta: float = 1.7
+    theta: float | None = 1.7
     delta: float = 1.3
     smoothing: float = 0.0
     patience: int = 1
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.theta):
+        if self.theta is not None and not math.isfinite(self.theta):
             raise ValueError(f"theta is a skewness and must be finite, got {self.theta}; the paper uses 1.3 to 1.7")
         if not self.delta > 0:
             raise ValueError(f"delta is in percent and must be above 0, got {self.delta}; the paper uses 1.3")
@@ -83,7 +84,7 @@ class Criterion:
             return ["no observation yet"]
         mean = "smoothed " if self.smoothing > 0 else ""
         missing = []
-        if history.skewness < self.theta:
+        if self.theta is not None and history.skewness < self.theta:
             missing.append(f"{mean}skewness {_apart(history.skewness, self.theta)} < {self.theta:.2f}")
         if history.relative_change is None:
             missing.append(f"the change of the distance is known after 3 observations, so far {history.observations}")

@@ -1,0 +1,306 @@
+"""Every method by its name: in the encoder, by its options, and in a whole run of the trainer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sat import patterns, train
+from sat.baselines import METHODS, ExplicitAttention, FlexAttention, StructureAttention, make_baseline
+from sat.baselines.flex import visited_blocks
+from sat.layout import BlockLayout
+from sat.models import SequenceClassifier
+from tests.ops import oracle
+from tests.test_train import TINY, interrupt_at
+
+OPTIONS = {
+    "explicit": {},
+    "structure": {"mode": "fixed", "block": 8, "num_local_blocks": 2},
+    "longformer": {"window": 8, "num_global_tokens": 2},
+    "bigbird": {"block_size": 4, "num_random_blocks": 1},
+    "lsg": {"block_size": 8, "sparse_block_size": 8, "num_global_tokens": 2},
+}
+METHOD = pytest.mark.parametrize("method", list(OPTIONS))
+
+
+def make_model(method: str, **options: object) -> SequenceClassifier:
+    torch.manual_seed(0)
+    return SequenceClassifier(
+        20,
+        60,
+        4,
+        width=16,
+        num_heads=2,
+        mlp_dim=16,
+        dropout=0.0,
+        block_size=8,
+        attention=method,
+        attention_options=OPTIONS[method] | options,
+    )
+
+
+def make_batch() -> tuple[Tensor, Tensor]:
+    mask = torch.arange(60) < torch.tensor([60, 37, 9])[:, None]
+    return torch.randint(1, 20, (3, 60)) * mask, mask
+
+
+@METHOD
+def test_padding_changes_nothing_and_every_parameter_learns(method):
+    model, (ids, mask) = make_model(method), make_batch()
+    logits = model(ids, mask)
+    assert torch.equal(logits, model(ids.masked_fill(~mask, 7), mask))
+    logits.square().sum().backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not idle
+
+
+@METHOD
+def test_sequences_of_every_length(method):
+    model = make_model(method).double().eval()
+    for length in (1, 7, 33, 60):
+        ids = torch.randint(1, 20, (2, length))
+        exact = model(ids, torch.ones(2, length, dtype=torch.bool))
+        torch.testing.assert_close(model(ids), exact)
+
+
+@METHOD
+def test_bfloat16_under_autocast(method):
+    model, (ids, mask) = make_model(method), make_batch()
+    exact = model(ids, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids, mask)
+    logits.sum().backward()
+    assert (logits.float() - exact).abs().max() < 0.05 * exact.abs().max() + 0.02
+
+
+@METHOD
+def test_compiles_into_one_graph(method):
+    model, (ids, mask) = make_model(method), make_batch()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, mask), model(ids, mask))
+
+
+@METHOD
+def test_a_copy_computes_the_same(method):
+    model, (ids, mask) = make_model(method), make_batch()
+    expected = model(ids, mask)
+    other = make_model(method)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids, mask), expected)
+
+
+def random_heads(length: int, batch: int = 2) -> list[Tensor]:
+    return [torch.randn(batch, 2, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+
+def test_explicit_is_dense_attention():
+    query, key, value = random_heads(21)
+    keep, keep_queries = torch.rand(2, 21) < 0.7, torch.rand(2, 21) < 0.7
+    keep[1] = False
+    layout = BlockLayout(torch.ones(1, 3, 3, dtype=torch.bool), 8)
+    options = {"key_padding_mask": keep, "query_padding_mask": keep_queries}
+    upstream = torch.randn(2, 2, 21, 8, dtype=torch.float64)
+    results = []
+    for out in (
+        ExplicitAttention(2, 21)(query, key, value, **options),
+        oracle.attention(query, key, value, layout, **options),
+    ):
+        results.append([out, *torch.autograd.grad(out, (query, key, value), upstream)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_explicit_does_not_overflow_in_half_precision():
+    query = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16)  # its products sum to 102,400
+    assert ExplicitAttention(1, 4)(query, query, query).isfinite().all()
+
+
+@pytest.mark.parametrize("structure", [patterns.Fixed(2, 8, attention="unidirectional"), patterns.BigBird(2, 8)])
+def test_structure_computes_its_blocks(structure):
+    attention = StructureAttention(2, 60, structure)
+    for length in (60, 21):
+        inputs, keep = random_heads(length), torch.rand(2, length) < 0.7
+        expected = oracle.attention(
+            *inputs, structure.layout(length), key_padding_mask=keep, is_causal=structure.is_causal
+        )
+        torch.testing.assert_close(attention(*inputs, key_padding_mask=keep), expected)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("size", [8, 48, 200])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_computes_the_same_blocks(size, causal):
+    """Uncompiled, which is all that a CPU can do without a backward pass."""
+
+    class Random:
+        is_causal = causal
+
+        def layout(self, seq_len: int) -> BlockLayout:
+            blocks = -(-seq_len // size)
+            mask = torch.rand(2, blocks, blocks, generator=torch.Generator().manual_seed(1)) < 0.3
+            return BlockLayout(mask | torch.eye(blocks, dtype=torch.bool), size)
+
+    query, key, value = (torch.randn(2, 2, 300, 16) for _ in range(3))
+    keep = torch.rand(2, 300) < 0.8
+    keep[:, :size] = True
+    for masks in ({}, {"key_padding_mask": keep, "query_padding_mask": keep}):
+        ours = FlexAttention(2, 300, Random())(query, key, value, **masks)
+        expected = StructureAttention(2, 300, Random())(query, key, value, **masks)
+        kept = expected.abs().sum(-1) > 0  # FlexAttention's rows without a key are what they are
+        torch.testing.assert_close(ours[kept], expected[kept])
+    # Uncompiled, FlexAttention reads the mask function only; compiled, the lists of blocks of 128.
+    layout = Random().layout(300)
+    visited = F.max_pool2d(F.pad(layout.element_mask(300, 300).float(), (0, 84, 0, 84)), 128).bool()
+    counts, columns = visited_blocks(layout, 300)
+    for head, row in itertools.product(range(2), range(3)):
+        listed = columns[0, head, row, : counts[0, head, row]]
+        assert listed.tolist() == visited[head, row].nonzero()[:, 0].tolist()
+
+
+def test_each_layer_draws_random_blocks_of_its_own():
+    first, second = (make_baseline("bigbird", 2, 600, block_size=32, layer=i).layout for i in (0, 1))
+    assert first != second
+    assert make_baseline("bigbird", 2, 600, block_size=32, layer=1).layout == second
+
+
+def test_a_structure_from_files(tmp_path):
+    config = tmp_path / "ds_config.json"
+    config.write_text(json.dumps({"train_batch_size": 8, "sparse_attention": {"mode": "bslongformer", "block": 4}}))
+    attention = make_baseline("structure", 2, 40, block_size=8, options={"deepspeed": str(config)})
+    assert attention.layout == patterns.Longformer(2, 4).layout(40).shared()
+    attention.layout.save(tmp_path / "layout.safetensors")
+    again = make_baseline("structure", 2, 40, block_size=8, options={"layout": str(tmp_path / "layout.safetensors")})
+    assert again.layout == attention.layout
+    with pytest.raises(ValueError, match="10 x 10 blocks of 4, which do not fit 50 tokens"):
+        make_baseline("structure", 2, 50, block_size=8, options={"layout": str(tmp_path / "layout.safetensors")})
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json is not a JSON file"):
+        make_baseline("structure", 2, 40, block_size=8, options={"deepspeed": str(tmp_path / "broken.json")})
+    with pytest.raises(ValueError, match="cannot read the DeepSpeed configuration"):
+        make_baseline("structure", 2, 40, block_size=8, options={"deepspeed": str(tmp_path / "none.json")})
+    with pytest.raises(ValueError, match="says it all; leave out mode"):
+        make_baseline("structure", 2, 40, block_size=8, options={"deepspeed": str(config), "mode": "fixed"})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("explicit", {"window": 3}, "explicit has no option 'window'; it has none"),
+        ("longformer", {"windw": 3}, "longformer has no option 'windw'; it has window, dilation, num_global_tokens"),
+        ("longformer", {"window": "wide"}, "window of longformer must be a number like 64, got 'wide'"),
+        ("longformer", {"window": True}, "window of longformer must be a number like 64, got True"),
+        ("longformer", {"window": 3}, "window must be even"),
+        ("longformer", {"dilation": [1, 2, 3]}, "dilation must be"),
+        ("lsg", {"selection": 3}, "selection of lsg must be a word like 'norm', got 3"),
+        ("lsg", {"selection": "best"}, "selection"),
+        ("bigbird", {"num_random_blocks": -1}, "num_random_blocks must be at least 0"),
+        ("structure", {"mode": "fixd"}, "fixd"),
+        ("structure", {"mode": "fixed", "num_local_block": 2}, "num_local_block"),
+        ("structure", {"layout": 3}, "layout of structure is the path of a file, got 3"),
+        ("sparse", {}, "unknown method 'sparse'; there are explicit, longformer"),
+    ],
+)
+def test_bad_options(method, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_baseline(method, 2, 64, block_size=8, options=options)
+
+
+def test_flex_wants_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=r"trains on a GPU only; model\.attention=structure computes the same"):
+        make_baseline("flex", 2, 64, block_size=8)
+
+
+def test_every_method_is_one_of_the_models():
+    for method in METHODS:
+        if method != "flex":
+            SequenceClassifier(20, 64, 4, attention=method)
+    with pytest.raises(ValueError, match="attention must be one of adaptive, spion, dense"):
+        SequenceClassifier(20, 64, 4, attention="sparse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dense attention has no options"):
+        SequenceClassifier(20, 64, 4, attention="dense", attention_options={"window": 3})
+
+
+# Whole runs
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def arguments(method: str) -> list[str]:
+    given = [("--model.attention_options." + key, str(value)) for key, value in OPTIONS.get(method, {}).items()]
+    return ["--model.attention", method, *(word for pair in given for word in pair)]
+
+
+@pytest.mark.parametrize("method", [*OPTIONS, "spion"])
+def test_trains_by_a_one_line_override_and_resumes_bit_for_bit(tiny, monkeypatch, capsys, method):
+    command = ["--config", str(tiny), "--trainer.max_steps", "12", "--trainer.val_check_interval", "2"]
+    command += arguments(method)
+    summary = train.main([*command, "--name", "whole"])
+    assert summary["attention"] == method
+    assert set(summary["median_step_ms"]) == ({"dense", "sparse"} if method == "spion" else {method})
+    assert "process" in summary["peak_memory_mib"]
+    assert (summary["density"] is not None) == (method in ("structure", "bigbird", "spion"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        with pytest.raises(SystemExit):
+            train.main(command)
+    train.main([*command, "--ckpt_path", "last"])
+    states = []
+    for name in ("whole", "tiny"):
+        (folder,) = Path("runs", name).iterdir()
+        states.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        assert (folder / "layouts.png").is_file() == (method in ("structure", "bigbird", "spion"))
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("method", ["structure", "longformer", "lsg", "spion"])
+def test_trains_in_bfloat16(tiny, method):
+    summary = train.main(
+        ["--config", str(tiny), "--trainer.max_steps", "4", "--trainer.precision", "bf16-mixed", *arguments(method)]
+    )
+    assert summary["steps"] == 4
+
+
+def test_spion_switches_by_its_own_rules(tiny, capsys):
+    command = ["--config", str(tiny), "--model.attention", "spion", "--trainer.val_check_interval", "2"]
+    summary = train.main([*command, "--model.attention_options.change", "1e6"])
+    assert [t["step"] for t in summary["transitions"]] == [6, 6]  # at the third evaluation
+    summary = train.main([*command, "--model.attention_options.change", "1e-6"])
+    assert "distance still changes" in summary["not_switched"]["0"]
+    summary = train.main([*command, "--model.attention_options.quantile", "0.5"])
+    for options, message in (
+        (["--model.attention_options.quantil", "0.5"], "spion has no option 'quantil'; it has quantile, change, inter"),
+        (["--model.attention_options.quantile", "much"], "quantile of spion must be a number, got 'much'"),
+        (["--model.attention_options.quantile", "1.5"], "quantile, at least 0 and below 1, got 1.5"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            train.main([*command, *options])
+        assert message in capsys.readouterr().err
+
+
+def test_goes_on_only_with_the_same_method_and_options(tiny, capsys):
+    command = ["--config", str(tiny), "--trainer.max_steps", "4"]
+    train.main([*command, *arguments("structure")])
+    for other, message in (
+        (arguments("bigbird"), "was trained with model.attention=structure, this run has bigbird"),
+        ([*arguments("structure"), "--model.attention_options.block", "16"], "'block': 8"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            train.main([*command, *other, "--ckpt_path", "last"])
+        assert message in capsys.readouterr().err
