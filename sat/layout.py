@@ -60,7 +60,7 @@ class BlockLayout:
         self.derived: dict[object, Any] = {}
         # Counted at once where no device has to be waited for: compiled functions then find a number, not a tensor.
         at_once = type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        self._nnz = int(mask.sum()) if at_once else None
+        self._nnz = int(mask.count_nonzero()) if at_once else None
 
     @property
     def num_heads(self) -> int:
@@ -85,7 +85,7 @@ class BlockLayout:
         first use, which waits for that device; ask once before the layout enters ``torch.compile``.
         """
         if self._nnz is None:
-            self._nnz = int(self.mask.sum())
+            self._nnz = int(self.mask.count_nonzero())
         return self._nnz
 
     @property

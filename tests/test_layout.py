@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sat.layout import FORMAT_VERSION, BlockLayout
+from sat.layout import FORMAT_VERSION, BlockLayout, LayoutsByLength
 
 
 def layout(*rows: str, size: int = 4) -> BlockLayout:
@@ -141,3 +143,41 @@ def test_bad_layouts_are_refused(mask, size, error, message):
 def test_no_such_head():
     with pytest.raises(IndexError, match="head 1 asked for, but the layout has the heads 0 to 0"):
         layout("#.", ".#").to_scipy(1)
+
+
+def test_equal_heads_become_one():
+    mask = torch.rand(1, 4, 5) < 0.5
+    alike = BlockLayout(mask.repeat(3, 1, 1), 16)
+    assert alike.shared() == BlockLayout(mask, 16)
+    mask = torch.cat([mask, ~mask])
+    assert BlockLayout(mask, 16).shared() == BlockLayout(mask, 16)
+
+
+class Counting:
+    """A structure that counts its calls."""
+
+    block_size = 8
+
+    def __init__(self, num_heads: int = 2) -> None:
+        self.num_heads, self.calls = num_heads, 0
+
+    def layout(self, seq_len: int) -> BlockLayout:
+        self.calls += 1
+        blocks = -(-seq_len // 8)
+        return BlockLayout(torch.eye(blocks, dtype=torch.bool).repeat(self.num_heads, 1, 1), 8)
+
+
+def test_a_structures_layouts_are_made_once_for_each_number_of_blocks():
+    cpu = torch.device("cpu")
+    layouts = LayoutsByLength(Counting())
+    with torch.inference_mode():
+        first = layouts.get(17, 2, cpu)
+    assert not first.mask.is_inference()
+    assert layouts.get(24, 2, cpu) is first
+    assert layouts.get(25, 2, cpu).shape == (4, 4)
+    assert layouts.structure.calls == 2
+    assert first.num_heads == 1
+    other = copy.deepcopy(layouts)
+    assert other.get(17, 2, cpu) is not first
+    with pytest.raises(ValueError, match="layouts for 3 heads, but there are 2"):
+        LayoutsByLength(Counting(3)).get(17, 2, cpu)

@@ -166,7 +166,7 @@ class LSGAttention(nn.Module):
             )
         checks.check_padding("key_padding_mask", key_padding_mask, batch, length, query.device)
         checks.check_padding("query_padding_mask", query_padding_mask, batch, length, query.device)
-        # Whatever padding holds, even NaN, goes no further: 0 times NaN would be NaN.
+        # Whatever padding holds, even NaN, goes no further: 0 times NaN would be NaN. From here on padding is 0.
         if key_padding_mask is not None:
             padded = ~key_padding_mask[:, None, :, None]
             key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
@@ -286,15 +286,16 @@ class LSGAttention(nn.Module):
         size, dtype = self.chunk_size, _compute_dtype(keys)
         buckets = size // self.sparsity_factor
         with torch.no_grad():
-            members = real.unflatten(2, (-1, size))[..., None, :]
             chunks = keys.detach().to(dtype).unflatten(2, (-1, size))
             # As many numbers of each direction as the keys have.
             directions = self.directions[:, None, : keys.shape[-1]].to(dtype)
             first, second = directions.split([_half(size), _half(buckets)], -1)
             bucket = _bucket(chunks, first, size)
-            sums = (_one_hot(bucket, size) & members).to(dtype) @ chunks
+            sums = _one_hot(bucket, size).to(dtype) @ chunks  # padding adds 0
             bucket = _bucket(sums, second, buckets).gather(-1, bucket)
-            share = (_one_hot(bucket, buckets) & members).to(dtype)  # [B, H, P / size, buckets, size]
+            share = (_one_hot(bucket, buckets) & real.unflatten(2, (-1, size))[..., None, :]).to(
+                dtype
+            )  # [B, H, P / size, buckets, size]
             count = share.sum(-1, keepdim=True)
             share = share / count.clamp(min=1)
         mean_keys, mean_values = (
@@ -385,11 +386,10 @@ def _sparse_pieces(step: int, sparse_size: int) -> list[tuple[int, int, int]]:
 
 
 def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    """PyTorch's attention where the mask is True, and 0 for queries that see nothing."""
-    # PyTorch's kernels disagree on rows without a key (0, NaN or the mean of all): let them see all, then give 0.
-    empty = ~mask.any(-1, keepdim=True)
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | empty, dropout_p=dropout)
-    return context.masked_fill(empty, 0)
+    """PyTorch's attention where the mask is True; elsewhere keys and values must be 0."""
+    # PyTorch's kernels disagree on rows without a key (0, NaN or the mean of all): let them see all, which is 0.
+    visible = mask | ~mask.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

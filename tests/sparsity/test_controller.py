@@ -5,6 +5,7 @@ import torch
 
 from sat.ops.types import AttentionStatistics
 from sat.sparsity import SparsityController, block_mass, select_blocks
+from sat.sparsity.spion import spion_blocks
 
 # Small on purpose: 2 heads, 8 x 8 tokens in blocks of 2.
 SHAPE = {"num_layers": 2, "num_heads": 2, "grid": (4, 4), "block_size": 2, "lengths": (8, 8)}
@@ -39,6 +40,8 @@ def drive(made, layers, first=1, every=1):
     return found
 
 
+SPION = {"mask": "spion", "density": None, "quantile": 0.5}
+
 # Relative changes, from the third observation on:         1.0   18.8  0.8   0.8   0.8  percent
 FIRST = ([2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0], [1.0, 1.01, 1.2, 1.21, 1.22, 1.23])
 #                                                           0     0     10    0.5   0
@@ -62,6 +65,23 @@ def test_layer_by_layer():
     made = controller(per_layer=True)
     assert steps_of(drive(made, [FIRST, SECOND])) == {3: [0], 6: [1]}
     assert made.transition_steps == [3, 6]
+
+
+def test_spion_waits_for_the_distance_alone_and_traces_the_scores():
+    made = controller(**SPION, theta=None, delta=15.0)
+    found = drive(made, [([-5.0] * 7, FIRST[1]), ([-5.0] * 7, SECOND[1])])
+    assert steps_of(found) == {3: [0, 1]}  # changes of 1 and 0 percent
+    pooled = torch.zeros(2, 4, 4)
+    made = controller(**SPION, theta=None, delta=1e9)
+    matrix = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)).softmax(1)
+    for step in range(3):
+        transitions = made.observe(
+            step, {n: AttentionStatistics(pooled, torch.tensor(0.0), matrix * (1 + step)) for n in range(2)}
+        )
+    assert torch.equal(transitions[0].layout.mask, spion_blocks(3 * matrix[None], 2, 0.5))
+    causal = controller(**SPION, theta=None, max_dense_steps=1, causal=True)
+    (first, _) = causal.observe(1, {n: AttentionStatistics(pooled, torch.tensor(0.0), matrix) for n in range(2)})
+    assert torch.equal(first.layout.mask, spion_blocks(matrix[None], 2, 0.5).tril())
 
 
 def test_patience():
@@ -178,11 +198,12 @@ def test_the_masks_average_over_observations():
     assert agreement >= 7 / 8
 
 
-@pytest.mark.parametrize("mask", ["gram", "bilinear", "direct"])
+@pytest.mark.parametrize("mask", ["gram", "bilinear", "direct", "spion"])
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_a_restored_controller_decides_the_same_bit_for_bit(mask, per_layer, tmp_path):
     settings = {"mask": mask, "per_layer": per_layer, "smoothing": 0.3, "patience": 2, "delta": 30.0, "mask_steps": 3}
-    settings |= {"per_head": True, "density": 0.3, "max_dense_steps": 9}
+    settings |= SPION if mask == "spion" else {"per_head": True, "density": 0.3}
+    settings |= {"max_dense_steps": 9}
     generator = torch.Generator().manual_seed(3)
     positions = torch.rand(10, 2, generator=generator).cumsum(0).tolist()
     skews = (1.5 + torch.rand(10, 2, generator=generator)).tolist()
@@ -298,6 +319,11 @@ def test_statistics_that_do_not_fit_are_refused():
         {"num_layers": 0},
         {"num_heads": 0},
         {"block_size": 0},
+        {"quantile": 0.5},
+        SPION | {"quantile": None},
+        SPION | {"quantile": 1.0},
+        SPION | {"density": 0.5},
+        SPION | {"per_head": True},
         {"lengths": (9, 8)},
         {"grid": (4, 5)},
     ],
