@@ -20,7 +20,7 @@ quickstart: $(READY)  ## set up, then learn a sparse attention pattern on a smal
 	$(BIN) -m sat.train --config quickstart.yaml
 
 test: lint  ## set up, then check style, types and behaviour
-	$(BIN) -m pytest
+	$(BIN) -m pytest -n auto
 
 lint: $(READY)  ## style and types only
 	$(BIN) -m ruff check

@@ -13,6 +13,10 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 # Without it, cuBLAS warns about every matrix product while deterministic algorithms are on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Tests that run beside each other have a thread each: together they would wait for one another's.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import sys
 from collections.abc import Iterator
 from pathlib import Path
