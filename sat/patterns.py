@@ -277,7 +277,7 @@ class BigBird(_Structure):
         block_size: edge of a block in tokens; ``block=`` by keyword means the same.
         different_layout_per_head: False gives all heads the layout of head 0; True draws random blocks for each head.
         num_random_blocks: distinct random blocks a row; they may fall on blocks that are kept anyway. Unidirectional
-            rows draw them up to the diagonal, and take all if there are fewer.
+            rows draw them up to the diagonal, so there it is 1 at most: the first row has no more.
         num_sliding_window_blocks: ``w``; a row sees the ``w // 2`` blocks on either side and its own.
         num_global_blocks: the first blocks, which see all others and are seen by all.
         attention: ``"bidirectional"``, or ``"unidirectional"`` for the lower triangle.
@@ -302,6 +302,11 @@ class BigBird(_Structure):
     ) -> None:
         super().__init__(num_heads, block_size, different_layout_per_head, attention)
         _check_int("num_random_blocks", num_random_blocks, minimum=0)
+        if attention == "unidirectional" and num_random_blocks > 1:
+            raise ValueError(
+                f"num_random_blocks is {num_random_blocks}, but a unidirectional row draws from the blocks up to its "
+                f"own, and the first row has only that one; give 0 or 1 (in Variable such rows take what there is)"
+            )
         _check_int("num_sliding_window_blocks", num_sliding_window_blocks, minimum=1)
         _check_int("num_global_blocks", num_global_blocks, minimum=0)
         _check_int("seed", seed, minimum=0)
