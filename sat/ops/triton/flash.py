@@ -440,8 +440,8 @@ def lists(layout: BlockLayout, pairs: int, tiles: list[int], gradients: bool) ->
     forward, query_gradient, key_value_gradient = (Tile(*tiles[i : i + 4]) for i in (0, 4, 8))
     found = [*tile_index(layout, forward.rows, pairs)]
     if gradients:
-        found += tile_index(layout, query_gradient.rows, pairs)
-        found += tile_index(layout, key_value_gradient.columns, pairs, transposed=True)
+        columns = tile_index(layout, key_value_gradient.columns, pairs, transposed=True)
+        found = [*found, *tile_index(layout, query_gradient.rows, pairs), *columns]
     return found
 
 
