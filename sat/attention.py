@@ -106,6 +106,9 @@ class AdaptiveAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         query_padding_mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        scale: float | None = None,
+        dropout_p: float | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -115,6 +118,9 @@ class AdaptiveAttention(nn.Module):
             value: ``[B, H, S, D]``. Under autocast all three are cast to its dtype, in either phase.
             key_padding_mask: bool ``[B, S]``, True = a real token.
             query_padding_mask: bool ``[B, L]``, True = a real token; in the sparse phase padded queries give 0.
+            attn_bias: broadcastable to ``[B, H, L, S]``, added to the scaled scores, in the sparse phase only.
+            scale: factor of the scores, ``D ** -0.5`` by default.
+            dropout_p: probability with which a weight is dropped; by default ``dropout`` in training and 0 otherwise.
 
         Returns:
             ``[B, H, L, D]``.
@@ -124,6 +130,8 @@ class AdaptiveAttention(nn.Module):
         """
         _, heads, query_length, _ = query.shape
         key_length = key.shape[2]
+        if attn_bias is not None and not self._is_sparse:
+            raise ValueError("the dense phase takes no attn_bias: its statistics would not know of it")
         if heads != self.num_heads or max(query_length, key_length) > self.seq_len:
             raise ValueError(
                 f"this attention was made for {self.num_heads} heads and up to {self.seq_len} tokens, got {heads} "
@@ -132,8 +140,8 @@ class AdaptiveAttention(nn.Module):
         # Both phases and the statistics see one dtype.
         query, key, value = as_autocast_does(query, key, value)
         if self.observe_samples:
-            self.statistics = self._observe(query, key, key_padding_mask, query_padding_mask)
-        dropout = self.dropout if self.training else 0.0
+            self.observe(query, key, key_padding_mask, query_padding_mask, scale)
+        dropout = dropout_p if dropout_p is not None else self.dropout if self.training else 0.0
         if self._is_sparse:
             layout = self._layout_for(*(-(-length // self.block_size) for length in (query_length, key_length)))
             return ops.block_sparse_attention(
@@ -143,17 +151,21 @@ class AdaptiveAttention(nn.Module):
                 layout,
                 key_padding_mask=key_padding_mask,
                 query_padding_mask=query_padding_mask,
+                attn_bias=attn_bias,
                 is_causal=self.is_causal,
                 dropout_p=dropout,
+                scale=scale,
                 pruned=self.pruned,
                 backend=self.backend,
             )
         if key_padding_mask is None:
-            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=self.is_causal)
+            return F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout, is_causal=self.is_causal, scale=scale
+            )
         mask = key_padding_mask[:, None, None, :]
         if self.is_causal:
             mask = mask & torch.ones(query_length, key_length, dtype=torch.bool, device=mask.device).tril()
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
         # PyTorch's kernels disagree on rows without a key (0, NaN or the mean of all values); ours are 0.
         return context.masked_fill(~mask.any(-1, keepdim=True), 0)
 
@@ -174,9 +186,15 @@ class AdaptiveAttention(nn.Module):
         # What a copy is to derive from its own buffer does not travel.
         return super().__getstate__() | {"_current": None}
 
-    def _observe(
-        self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None
-    ) -> ops.AttentionStatistics:
+    def observe(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None = None,
+        query_padding_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """Leave the statistics of the first ``observe_samples`` samples in ``statistics``; arguments as in forward."""
         first = slice(self.observe_samples)
         statistics = ops.attention_statistics(
             query[first],
@@ -185,10 +203,12 @@ class AdaptiveAttention(nn.Module):
             key_padding_mask=None if key_padding_mask is None else key_padding_mask[first],
             query_padding_mask=None if query_padding_mask is None else query_padding_mask[first],
             is_causal=self.is_causal,
+            scale=scale,
             score_matrix=True,
         )
         if query.shape[2] == key.shape[2] == self.seq_len:
-            return statistics
+            self.statistics = statistics
+            return
         # Positions that this batch does not reach received no attention: one grid for batches of every length.
         assert statistics.score_matrix is not None
         pooled, matrix = (
@@ -198,7 +218,7 @@ class AdaptiveAttention(nn.Module):
                 (statistics.score_matrix, (self.seq_len, self.seq_len)),
             )
         )
-        return ops.AttentionStatistics(pooled, statistics.skewness, matrix)
+        self.statistics = ops.AttentionStatistics(pooled, statistics.skewness, matrix)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
