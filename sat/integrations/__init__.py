@@ -1,0 +1,1 @@
+"""Floor 3: SAT inside of other libraries."""
