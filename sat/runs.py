@@ -188,7 +188,7 @@ def phase_of(module: LightningModule, attention: str) -> str:
     return "sparse" if all(sparse) else f"{sum(sparse)} of {len(sparse)} layers sparse" if any(sparse) else "dense"
 
 
-def layouts_of(module: LightningModule) -> dict[int, BlockLayout]:
+def layouts_of(module: torch.nn.Module) -> dict[int, BlockLayout]:
     """The layouts in use by the number of the attention layer, learned or fixed; one head where all are equal."""
     kinds = (AdaptiveAttention, StructureAttention)
     found = {index: m.layout for index, m in enumerate(m for m in module.modules() if isinstance(m, kinds))}

@@ -1,8 +1,9 @@
-"""Floor 2: how sparsity is learned. Knows nothing of Lightning, models or attention modules."""
+"""Floor 2: how sparsity is learned. Knows nothing of trainers and models, and of attention modules only a protocol."""
 
 from sat.sparsity.controller import Phase, SparsityController, Transition
 from sat.sparsity.criterion import Criterion, Verdict
 from sat.sparsity.masks import BilinearMask, DirectMask, GramMask, MaskLearner, MaskName, make_mask
+from sat.sparsity.phases import SparsityPhases
 from sat.sparsity.selection import select_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass, distance, skewness
 
@@ -16,6 +17,7 @@ __all__ = [
     "MaskName",
     "Phase",
     "SparsityController",
+    "SparsityPhases",
     "Transition",
     "Verdict",
     "best_mass",

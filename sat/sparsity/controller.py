@@ -105,6 +105,8 @@ class SparsityController:
         per_head: one layout a head; otherwise one that all heads of a layer share (the paper's).
         keep_diagonal: the paper's selection does not.
         min_blocks_per_row: 0 in the paper's selection.
+        keep_first_tokens: the blocks of the first so many tokens (CLS and other special tokens) are kept, as rows and
+            as columns; 0 in the paper.
         causal: only blocks of the lower triangle.
         seed: of the masks' initial values; the global generator is not touched.
 
@@ -141,6 +143,7 @@ class SparsityController:
         per_head: bool = False,
         keep_diagonal: bool = True,
         min_blocks_per_row: int = 1,
+        keep_first_tokens: int = 0,
         causal: bool = False,
         seed: int = 0,
     ) -> None:
@@ -150,7 +153,7 @@ class SparsityController:
         self.per_layer, self.per_head, self.mask = per_layer, per_head, mask
         self.min_dense_steps, self.max_dense_steps = min_dense_steps, max_dense_steps
         self.mask_rank, self.mask_lr, self.mask_steps = mask_rank, mask_lr, mask_steps
-        self.quantile = quantile
+        self.quantile, self.keep_first_tokens = quantile, keep_first_tokens
         self._check_settings()
         if mask == "spion":
             self._check_spion(density, coverage, per_head)
@@ -165,6 +168,7 @@ class SparsityController:
             "max_density": max_density,
             "keep_diagonal": keep_diagonal,
             "min_blocks_per_row": min_blocks_per_row,
+            "keep_first": -(-keep_first_tokens // block_size),
             "causal": causal,
         }
         # One generator for all layers in turn: they start differently, and the same for the same seed.
@@ -191,6 +195,11 @@ class SparsityController:
             )
         if not 0 < self.mask_lr < math.inf:
             raise ValueError(f"mask_lr must be above 0 and finite, got {self.mask_lr}; 0.05 fits within 100 steps")
+        if not 0 <= self.keep_first_tokens <= min(self.lengths):
+            raise ValueError(
+                f"keep_first_tokens must be 0 to {min(self.lengths)}, the tokens of a sequence, got "
+                f"{self.keep_first_tokens}; 1 keeps the CLS token"
+            )
         if self.min_dense_steps < 0:
             raise ValueError(f"min_dense_steps must be at least 0, got {self.min_dense_steps}; 0 sets no minimum")
         if self.max_dense_steps is not None and self.max_dense_steps < max(1, self.min_dense_steps):
@@ -340,6 +349,8 @@ class SparsityController:
             assert layer.history.score_matrix is not None
             assert self.quantile is not None
             kept = spion_blocks(layer.history.score_matrix[None], self.block_size, self.quantile).cpu()
+            first = self._selection["keep_first"]
+            kept[:, :first] = kept[:, :, :first] = True
             if self._selection["causal"]:
                 kept = kept.tril()
         else:

@@ -16,14 +16,15 @@ def select_blocks(
     max_density: float = 1.0,
     keep_diagonal: bool = True,
     min_blocks_per_row: int = 1,
+    keep_first: int = 0,
     causal: bool = False,
 ) -> Tensor:
     """Keep the blocks of the largest score, each of the ``G`` layouts for itself.
 
-    Blocks that are kept in any case count inside the budget and win when they alone exceed it: the diagonal, and in
-    each row its best blocks until the row has ``min_blocks_per_row`` (a kept diagonal block is one of them). With
-    ``keep_diagonal=False, min_blocks_per_row=0`` this is the paper's selection, and rows may stay empty. Ties go to the
-    lower index, row by row.
+    Blocks that are kept in any case count inside the budget and win when they alone exceed it: the diagonal, the first
+    rows and columns, and in each row its best blocks until the row has ``min_blocks_per_row`` (a kept diagonal block is
+    one of them). With ``keep_diagonal=False, min_blocks_per_row=0`` this is the paper's selection, and rows may stay
+    empty. Ties go to the lower index, row by row.
 
     Args:
         scores: ``[G, M, N]``, larger = more important.
@@ -37,6 +38,8 @@ def select_blocks(
         keep_diagonal: keep the blocks ``(i, i)``; where ``M != N`` the blocks ``(i, i * N // M)``, from one corner to
             the other, and when causal ``(i, min(i, N - 1))``, for a causal mask starts at the upper left corner.
         min_blocks_per_row: least number of blocks in a row (or all that causality leaves).
+        keep_first: keep so many block rows and block columns at the start whole: special tokens that see all and are
+            seen by all.
         causal: only blocks of the lower triangle, ``column <= row``, may be kept.
 
     Returns:
@@ -51,13 +54,15 @@ def select_blocks(
         raise ValueError(f"scores are [layouts, rows, columns], got the shape {list(scores.shape)}")
     num_layouts, rows, columns = scores.shape
     check_selection(density, coverage, min_density, max_density, min_blocks_per_row, columns)
+    if not 0 <= keep_first <= columns:
+        raise ValueError(f"keep_first must be 0 to {columns}, the blocks in a row, got {keep_first}")
     if scores.isnan().any():
         raise ValueError("the scores of the blocks contain NaN, so there is no largest one; look for NaN in the model")
 
     allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device)
     if causal:
         allowed = allowed.tril()
-    required = _required(scores, allowed, keep_diagonal, min_blocks_per_row, causal)
+    required = _required(scores, allowed, keep_diagonal, min_blocks_per_row, keep_first, causal)
 
     # In the order of choice: required blocks, then by score, and last what causality forbids.
     tier = torch.where(required, 0, torch.where(allowed, 1, 2)).flatten(1)
@@ -111,13 +116,17 @@ def check_selection(
         )
 
 
-def _required(scores: Tensor, allowed: Tensor, keep_diagonal: bool, min_blocks_per_row: int, causal: bool) -> Tensor:
+def _required(
+    scores: Tensor, allowed: Tensor, keep_diagonal: bool, min_blocks_per_row: int, keep_first: int, causal: bool
+) -> Tensor:
     """Blocks ``[G, M, N]`` that are kept whatever the budget."""
     rows, columns = allowed.shape
     required = torch.zeros_like(scores, dtype=torch.bool)
     if keep_diagonal:
         row = torch.arange(rows, device=scores.device)
         required[:, row, row.clamp(max=columns - 1) if causal else row * columns // rows] = True
+    required[:, :keep_first] = True
+    required[:, :, :keep_first] = True
     if min_blocks_per_row > 0:
         # The same order of choice as for the whole layout, within each row.
         tier = torch.where(required, 0, torch.where(allowed, 1, 2))

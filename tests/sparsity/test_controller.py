@@ -84,6 +84,15 @@ def test_spion_waits_for_the_distance_alone_and_traces_the_scores():
     assert torch.equal(first.layout.mask, spion_blocks(matrix[None], 2, 0.5).tril())
 
 
+@pytest.mark.parametrize("settings", [{"density": 0.01}, SPION | {"quantile": 0.99, "theta": None}])
+def test_the_blocks_of_the_first_tokens_are_kept(settings):
+    made = controller(**settings, keep_first_tokens=3, max_dense_steps=1)
+    for transition in made.observe(1, {n: statistics(1.0, seed=n) for n in range(2)}):
+        assert transition.layout.mask[:, :2].all()  # blocks of 2 tokens
+        assert transition.layout.mask[:, :, :2].all()
+        assert not transition.layout.mask[:, 2:, 2:].all()
+
+
 def test_patience():
     assert steps_of(drive(controller(patience=2), [FIRST, SECOND])) == {7: [0, 1]}
     assert steps_of(drive(controller(patience=2, per_layer=True), [FIRST, SECOND])) == {6: [0], 7: [1]}
@@ -319,6 +328,8 @@ def test_statistics_that_do_not_fit_are_refused():
         {"num_layers": 0},
         {"num_heads": 0},
         {"block_size": 0},
+        {"keep_first_tokens": -1},
+        {"keep_first_tokens": 9},
         {"quantile": 0.5},
         SPION | {"quantile": None},
         SPION | {"quantile": 1.0},

@@ -40,6 +40,15 @@ def test_what_must_be_kept_wins_over_the_budget():
     is_mask(select_blocks(S3, density=0.1, keep_diagonal=True, min_blocks_per_row=2), "xx. xx. x.x")
 
 
+def test_the_first_rows_and_columns_are_kept():
+    is_mask(select_blocks(S3, density=0.1, keep_first=1, **BARE), "xxx x.. x..")
+    is_mask(select_blocks(S3, density=6 / 9, keep_first=1, **BARE), "xxx x.. xx.")  # they count inside the budget
+    is_mask(select_blocks(S3, density=0.1, keep_first=2, causal=True, **BARE), "x.. xx. xx.")
+    for count in (-1, 4):
+        with pytest.raises(ValueError, match=f"keep_first must be 0 to 3, the blocks in a row, got {count}"):
+            select_blocks(S3, density=0.1, keep_first=count)
+
+
 def test_the_rows_best_blocks_count_inside_the_budget():
     scores = torch.tensor([[[9.0, 8.0, 7.0], [1.0, 2.0, 0.0], [6.0, 5.0, 4.0]]])
     is_mask(select_blocks(scores, density=4 / 9, keep_diagonal=False), "xx. .x. x..")

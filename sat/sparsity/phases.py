@@ -1,0 +1,308 @@
+"""Floor 2: the phases of a model's attention modules, for whatever trains the model.
+
+Between the controller, which decides, and the attention modules, which leave statistics and take layouts. What a
+trainer's own callback adds is when things happen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch.optim import Optimizer
+
+from sat.layout import BlockLayout
+from sat.sparsity.controller import SparsityController, Transition
+from sat.sparsity.masks import MaskName
+
+if TYPE_CHECKING:  # the type only: importing the operators would load Triton
+    from sat.ops.types import AttentionStatistics
+
+logger = logging.getLogger(__name__)
+
+
+class Attention(Protocol):
+    """What an attention module must have; :class:`sat.attention.AdaptiveAttention` has it."""
+
+    num_heads: int
+    seq_len: int
+    block_size: int
+    is_causal: bool
+    observe_samples: int
+    statistics: AttentionStatistics | None
+
+    @property
+    def is_sparse(self) -> bool: ...  # noqa: D102
+
+    @property
+    def layout(self) -> BlockLayout | None: ...  # noqa: D102
+
+    def set_layout(self, layout: BlockLayout | None) -> None: ...  # noqa: D102
+
+
+class SparsityPhases:
+    """Watches attention modules in their dense phase and gives them their layouts when the controller says so.
+
+    The base of the callbacks for Lightning and for Hugging Face's Trainer, which have these settings. A batch goes
+    through ``before_batch`` and ``after_batch``; its state is that of ``state_dict``.
+
+    Args:
+        density: share of the blocks to keep, 0 to 1. Exactly one of ``density`` and ``coverage`` is given.
+        coverage: keep the fewest blocks that hold this share of the attention mass, 0 to 1.
+        min_density: least share of blocks under ``coverage``.
+        max_density: largest share of blocks under ``coverage``.
+        mask: how block scores are learned: ``direct`` (one logit a block), ``bilinear``, or ``gram`` (the paper's); or
+            ``spion``: not at all, patterns are traced in the scores themselves (SAT's forerunner).
+        mask_rank: inner dimension of ``bilinear`` and ``gram``.
+        quantile: of ``spion``, in place of a density: share of the blocks below the threshold, 0 to 1.
+        per_head: one layout a head instead of one a layer.
+        keep_diagonal: always keep the blocks on the diagonal.
+        min_blocks_per_row: always keep so many blocks of each row.
+        keep_first_tokens: always keep the blocks of the first so many tokens (1: CLS), as rows and as columns.
+        theta: leave the dense phase at this skewness of the scores or above (with the next); null: at any.
+        delta: ... and when the distance between successive score matrices changes by less, in percent.
+        smoothing: weight of the past in an exponential mean of both, 0 (the paper's rule) to below 1.
+        patience: successive observations at which the rule must hold.
+        per_layer: every layer leaves on its own; otherwise all together.
+        min_dense_steps: no transition before this step.
+        max_dense_steps: transition at this step even if the rule does not hold; null waits without end.
+        interval: optimizer steps between observations.
+        samples: sequences of the batch that an observation looks at.
+        lr_factor: factor of the learning rate once every layer is sparse (the paper halves it).
+        seed: of the masks' initial values.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        density: float | None = None,
+        coverage: float | None = None,
+        min_density: float = 0.0,
+        max_density: float = 1.0,
+        mask: MaskName | Literal["spion"] = "direct",
+        mask_rank: int = 32,
+        quantile: float | None = None,
+        per_head: bool = False,
+        keep_diagonal: bool = True,
+        min_blocks_per_row: int = 1,
+        keep_first_tokens: int = 0,
+        theta: float | None = 1.7,
+        delta: float = 1.3,
+        smoothing: float = 0.0,
+        patience: int = 1,
+        per_layer: bool = False,
+        min_dense_steps: int = 0,
+        max_dense_steps: int | None = None,
+        interval: int = 10,
+        samples: int = 8,
+        lr_factor: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1 step, got {interval}")
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        if not 0 < lr_factor <= 1:
+            raise ValueError(f"lr_factor must be above 0 and at most 1, got {lr_factor}")
+        self.interval, self.samples, self.lr_factor = interval, samples, lr_factor
+        self.theta, self.delta = theta, delta
+        self._make_controller: Callable[..., SparsityController] = partial(
+            SparsityController,
+            theta=theta,
+            delta=delta,
+            smoothing=smoothing,
+            patience=patience,
+            per_layer=per_layer,
+            min_dense_steps=min_dense_steps,
+            max_dense_steps=max_dense_steps,
+            mask=mask,
+            mask_rank=mask_rank,
+            quantile=quantile,
+            mask_steps=interval,  # as many fits as the paper, which fits at each step
+            density=density,
+            coverage=coverage,
+            min_density=min_density,
+            max_density=max_density,
+            per_head=per_head,
+            keep_diagonal=keep_diagonal,
+            min_blocks_per_row=min_blocks_per_row,
+            keep_first_tokens=keep_first_tokens,
+            seed=seed,
+        )
+        # Refuses bad values now, not in the middle of a set-up. The grid is as small as the settings allow.
+        side = max(1, min_blocks_per_row, keep_first_tokens)
+        self._make_controller(1, 1, (side, side), 1, (side, side))
+        self.controller: SparsityController | None = None
+        self.attentions: dict[str, Attention] = {}
+        self.transitions: list[Transition] = []
+        self.history: list[dict[str, Any]] = []
+        self._steps = 0  # optimizer steps; trainer.global_step counts those of every optimizer
+        self._unscaled: dict[Optimizer, list[Any]] = {}
+        self._hooks: list[Any] = []
+
+    @property
+    def layouts(self) -> dict[str, BlockLayout]:
+        """The layouts in use, by the name of the attention module."""
+        return {name: layout for name, attention in self.attentions.items() if (layout := attention.layout) is not None}
+
+    @property
+    def all_sparse(self) -> bool:
+        """Whether every layer has left the dense phase."""
+        return self.controller is not None and self.controller.all_sparse
+
+    def attach(self, model: str, attentions: Mapping[str, Attention]) -> None:
+        """Take charge of the attention modules of a model, by name; the same ones again go on where they are.
+
+        Raises:
+            ValueError: there are none, or they are not of one kind.
+        """
+        if self.controller is not None and [*map(id, attentions.values())] == [*map(id, self.attentions.values())]:
+            return
+        self.attentions, self.transitions, self.history, self._steps = dict(attentions), [], [], 0
+        if not self.attentions:
+            raise ValueError(
+                f"{type(self).__name__} found no sat.attention.AdaptiveAttention in {model}; build the model with it, "
+                f"or leave the callback out"
+            )
+        grids: dict[tuple[int, int, int, bool], str] = {}
+        for name, a in self.attentions.items():
+            grids.setdefault((a.num_heads, a.seq_len, a.block_size, a.is_causal), name)
+        if len(grids) > 1:
+            raise ValueError(
+                f"{type(self).__name__} needs attention modules of one kind, but heads, seq_len, block_size or "
+                f"is_causal differ between {' and '.join(list(grids.values())[:2])}"
+            )
+        (heads, length, block_size, causal), *_ = grids
+        blocks = -(-length // block_size)
+        self.controller = self._make_controller(
+            len(self.attentions), heads, (blocks, blocks), block_size, (length, length), causal=causal
+        )
+
+    def check_phases(self) -> None:
+        """Refuse layouts that this callback knows nothing of, such as weights loaded without the callback's state.
+
+        Raises:
+            ValueError: a module is in another phase than its layer in the controller.
+        """
+        assert self.controller is not None
+        for index, (name, attention) in enumerate(self.attentions.items()):
+            if attention.is_sparse != (self.controller.phase(index) == "sparse"):
+                state = "sparse" if attention.is_sparse else "dense"
+                raise ValueError(
+                    f"{name} is {state}, but the state of {type(self).__name__} says otherwise; resume from a "
+                    f"checkpoint that was trained with this callback, or start densely with set_layout(None)"
+                )
+
+    # The learning rate.
+
+    def attach_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
+        """Let the learning-rate factor act on optimizers.
+
+        It acts for the duration of a step only, so that the optimizer and its scheduler live on unchanged, whatever
+        scheduler it is.
+        """
+        for optimizer in optimizers:
+            self._hooks.append(optimizer.register_step_pre_hook(self._scale_lr))
+            self._hooks.append(optimizer.register_step_post_hook(self._restore_lr))
+
+    def detach_optimizers(self) -> None:
+        """Take the hooks off the optimizers; a step that failed has not restored its learning rate."""
+        for optimizer in list(self._unscaled):
+            self._restore_lr(optimizer)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _scale_lr(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.all_sparse:
+            self._unscaled[optimizer] = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * self.lr_factor
+
+    def _restore_lr(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, lr in zip(optimizer.param_groups, self._unscaled.pop(optimizer, []), strict=False):
+            group["lr"] = lr
+
+    # What happens.
+
+    def before_batch(self, ends_step: bool) -> None:
+        """Ask the dense layers for statistics, if an optimizer step ends with this batch that is an ``interval``-th."""
+        assert self.controller is not None
+        observes = ends_step and (self._steps + 1) % self.interval == 0
+        for index, attention in enumerate(self.attentions.values()):
+            attention.observe_samples = self.samples if observes and self.controller.phase(index) == "dense" else 0
+            attention.statistics = None
+
+    def after_batch(
+        self, ends_step: bool, mean: Callable[[AttentionStatistics], AttentionStatistics] = lambda x: x
+    ) -> dict[str, float] | None:
+        """Hand the statistics to the controller and put its layouts in place.
+
+        Args:
+            ends_step: whether an optimizer step ended with this batch.
+            mean: of one layer's statistics over all processes.
+
+        Returns:
+            What was observed, by names for a logger; None where nothing was. New ``transitions`` are at the end of the
+            list of that name.
+        """
+        assert self.controller is not None
+        self._steps += ends_step
+        statistics = {}
+        attentions = list(self.attentions.values())
+        for index, attention in enumerate(attentions):
+            attention.observe_samples = 0
+            if attention.statistics is not None:
+                statistics[index] = mean(attention.statistics)
+                attention.statistics = None
+        if not statistics:
+            return None
+        step = self._steps
+        absent = sorted(set(self.controller.dense_layers) - set(statistics))
+        if absent:  # layers that are skipped at random, say
+            logger.info("no observation at step %d: the layers %s took no part in this batch", step, absent)
+            return None
+        transitions = self.controller.observe(step, statistics)
+        for transition in transitions:
+            attentions[transition.layer].set_layout(transition.layout)
+            if transition.forced:
+                reason = transition.missing or "this layer was ready, but others were not"
+                logger.warning("layer %d was made sparse at step %d by max_dense_steps; missing: %s",
+                               transition.layer, step, reason)  # fmt: skip
+        self.transitions += transitions
+        record: dict[str, Any] = {"step": step, "layers": [dict(layer) for layer in self.controller.latest]}
+        self.history.append(record)
+        return {
+            f"layer{index}/{name}": value
+            for index, layer in enumerate(record["layers"])
+            for name, value in layer.items()
+            if value == value  # nan: not defined yet
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the controller, the transitions and the statistics so far."""
+        if self.controller is None:
+            return {}
+        return {
+            "controller": self.controller.state_dict(),
+            "transitions": [{**t._asdict(), "layout": t.layout.mask} for t in self.transitions],
+            "history": self.history,
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        if self.controller is None or not state_dict:
+            return
+        self.controller.load_state_dict(state_dict["controller"])
+        size = self.controller.block_size
+        self.transitions = [
+            Transition(**{**saved, "layout": BlockLayout(saved["layout"].cpu(), size)})
+            for saved in state_dict["transitions"]
+        ]
+        self.history = list(state_dict["history"])
+        self._steps = state_dict["steps"]
