@@ -142,7 +142,7 @@ class TestDropout:
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"num_heads": 3}, "width 16 cannot be split among 3 heads"),
         ({"dropout": 1.5}, "dropout must be at least 0 and below 1, got 1.5"),
-        ({"attention": "sparse"}, "attention must be 'adaptive' or 'dense', got 'sparse'"),
+        ({"attention": "sparse"}, "attention must be one of adaptive, spion, dense, .*, got 'sparse'"),
         ({"block_size": 64}, "block_size 64 exceeds seq_len 40"),
     ],
 )
