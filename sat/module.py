@@ -1,33 +1,38 @@
-"""Floor 4: the LightningModule: a sequence classifier with the paper's optimizer and schedule."""
+"""Floor 4: the LightningModule: a classifier with the paper's optimizer and schedule."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy
+
+from sat.baselines import fingerprint
 
 Batch = dict[str, Tensor]
 
 
 class ClassificationModule(LightningModule):
-    """Trains a model that maps ``input_ids`` (and ``attention_mask``) to logits.
+    """Trains a model that maps what a batch holds besides ``labels`` to logits.
 
     AdamW and one cycle of the learning rate with linear annealing, as in Yoon et al. 2024: up to ``lr`` within
     ``warmup_steps``, then down to 0 at the last step.
 
     Args:
-        model: ``model(input_ids, attention_mask) -> logits [B, classes]``.
+        model: called with the batch's entries but ``labels`` by name, gives logits ``[B, classes]``.
         num_classes: number of classes.
+        metric: ``f1`` measures, besides the accuracy, the F1 score of class 1 of two.
         lr: largest learning rate.
         warmup_steps: optimizer steps until it is reached.
         weight_decay: AdamW's decoupled weight decay.
         betas: AdamW's two averaging factors.
         eps: AdamW's epsilon.
+        layer_decay: factor of the learning rate from each layer to the one below it, above 0 and at most 1, as in
+            Clark et al. 2020 (ELECTRA): pretrained layers change the less the nearer they are to the input.
 
     Raises:
         ValueError: an argument is out of range.
@@ -38,11 +43,13 @@ class ClassificationModule(LightningModule):
         model: nn.Module,
         num_classes: int,
         *,
+        metric: Literal["acc", "f1"] = "acc",
         lr: float = 1e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
         if lr <= 0:
@@ -53,17 +60,24 @@ class ClassificationModule(LightningModule):
             raise ValueError(f"weight_decay and eps must be at least 0, got {weight_decay} and {eps}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {list(betas)}")
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
+        if metric == "f1" and num_classes != 2:
+            raise ValueError(f"the metric f1 is that of class 1 of two, but there are {num_classes} classes")
         self.model = model
+        self.layer_decay = layer_decay
         self.lr, self.warmup_steps = lr, warmup_steps
         self.weight_decay, self.betas, self.eps = weight_decay, (betas[0], betas[1]), eps
         self.accuracies = nn.ModuleDict(
             # Micro average: the share of right answers. Not "train": nn.ModuleDict has a method of that name.
             {name: MulticlassAccuracy(num_classes, average="micro") for name in ("fit", "val", "test")}
         )
+        self.f1_scores = nn.ModuleDict({name: BinaryF1Score() for name in ("val", "test")} if metric == "f1" else {})
+        self.validation_f1: float | None = None  # the latest; a resumed run may end without another validation
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits ``[B, classes]`` of a batch."""
-        return self.model(batch["input_ids"], batch.get("attention_mask"))
+        return self.model(**{name: value for name, value in batch.items() if name != "labels"})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The cross entropy of a batch, in nats.
@@ -83,11 +97,11 @@ class ClassificationModule(LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accuracy and loss on validation data."""
+        """Accuracy, loss and perhaps F1 on validation data."""
         self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accuracy and loss on test data."""
+        """Accuracy, loss and perhaps F1 on test data."""
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: Batch) -> None:
@@ -96,6 +110,16 @@ class ClassificationModule(LightningModule):
         loss = F.cross_entropy(logits, batch["labels"])
         self.log(f"{split}/loss", loss, on_epoch=True, batch_size=size, sync_dist=True)
         self._log_accuracy(split, logits, batch["labels"])
+        if split in self.f1_scores:
+            f1: Any = self.f1_scores[split]
+            f1(logits.argmax(1), batch["labels"])
+            self.log(f"{split}/f1", f1, on_epoch=True, prog_bar=True, batch_size=size)
+
+    def on_validation_epoch_end(self) -> None:
+        """Remember the F1 score."""
+        if "val" in self.f1_scores and not self.trainer.sanity_checking:
+            f1: Any = self.f1_scores["val"]
+            self.validation_f1 = float(f1.compute())
 
     def _log_accuracy(self, split: str, logits: Tensor, labels: Tensor) -> None:
         metric: Any = self.accuracies[split]
@@ -106,8 +130,14 @@ class ClassificationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which attention the model has: the weights of many methods are alike, what they compute is not."""
+        if self.validation_f1 is not None:
+            checkpoint["validation_f1"] = self.validation_f1
         if (name := getattr(self.model, "attention", None)) is not None:
-            checkpoint["attention"] = {"name": name, "options": self.model.attention_options}
+            checkpoint["attention"] = {
+                "name": name,
+                "options": self.model.attention_options,
+                "fixed_layouts": fingerprint(self.model),
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose cycle of the learning rate has another length.
@@ -115,6 +145,7 @@ class ClassificationModule(LightningModule):
         Raises:
             ValueError: it has.
         """
+        self.validation_f1 = checkpoint.get("validation_f1")
         total = int(self.trainer.estimated_stepping_batches)
         for scheduler in checkpoint.get("lr_schedulers", []):
             saved = scheduler.get("total_steps", total + 1) - 1
@@ -126,8 +157,9 @@ class ClassificationModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and OneCycle over the whole training, linear both ways."""
+        groups = parameter_groups(self.model, self.lr, self.layer_decay)
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+            groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
         total = self.trainer.estimated_stepping_batches
         if total == float("inf") or total < 1:
@@ -137,10 +169,46 @@ class ClassificationModule(LightningModule):
             )
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            max_lr=self.lr,
+            max_lr=[group["lr"] for group in groups],
             total_steps=int(total) + 1,  # Lightning asks for one value more than there are steps
             pct_start=min(1.0, self.warmup_steps / total),
             anneal_strategy="linear",
             cycle_momentum=False,  # the betas stay what they were set to
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def parameter_groups(model: nn.Module, lr: float, layer_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters by depth, each depth with its learning rate; one group where there is no decay.
+
+    The layers are the ``nn.ModuleList`` with the most parameters; what a model registers before it counts as one layer
+    below (embeddings), what comes after it as one above (norms, pooler, head).
+
+    Raises:
+        ValueError: nothing is trainable, or a decay is asked for and there is no list of layers.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError(f"no parameter of {type(model).__name__} is trainable; leave some of them unfrozen")
+    if layer_decay == 1:
+        return [{"params": list(trainable.values()), "lr": lr}]
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        raise ValueError(
+            f"layer_decay={layer_decay} needs layers, but {type(model).__name__} has no torch.nn.ModuleList; set "
+            f"layer_decay to 1"
+        )
+    prefix = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    top = len(lists[prefix]) + 1
+    groups: dict[int, list[nn.Parameter]] = {}
+    depth = 0
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{prefix}."):
+            depth = int(name.removeprefix(f"{prefix}.").split(".")[0]) + 1
+        elif depth:
+            depth = top
+        if parameter.requires_grad:
+            groups.setdefault(depth, []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr * layer_decay ** (top - depth)} for depth, parameters in sorted(groups.items())
+    ]

@@ -406,7 +406,7 @@ _MODES: dict[str, type[Structure]] = {
 }
 
 
-def from_deepspeed(config: Mapping[str, Any], num_heads: int) -> Structure:
+def from_deepspeed(config: Mapping[str, Any], num_heads: int, *, seed: int = 0) -> Structure:
     """The structure that a DeepSpeed configuration asks for.
 
     What the section leaves out takes the default of DeepSpeed's configuration files: for ``bigbird`` these have no
@@ -418,6 +418,7 @@ def from_deepspeed(config: Mapping[str, Any], num_heads: int) -> Structure:
         config: the section ``sparse_attention`` of a DeepSpeed JSON file as it is, or the whole file's dictionary.
             ``mode`` is ``"fixed"`` unless it says otherwise.
         num_heads: ``H``.
+        seed: of random blocks, for which DeepSpeed's files have no key.
 
     Raises:
         TypeError: the configuration or its section is no mapping, or a value is of another type.
@@ -454,6 +455,8 @@ def from_deepspeed(config: Mapping[str, Any], num_heads: int) -> Structure:
                 f"{readers} only{hint}",
                 stacklevel=2,
             )
+    if "seed" in inspect.signature(_MODES[mode]).parameters:
+        arguments["seed"] = seed
     return _MODES[mode](num_heads, **arguments)
 
 

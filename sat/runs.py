@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sat.attention import AdaptiveAttention
-from sat.baselines import StructureAttention
+from sat.baselines import StructureAttention, fingerprint
 from sat.callback import AdaptiveSparsity
 from sat.files import written_whole
 from sat.layout import BlockLayout
@@ -160,6 +160,11 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
         raise ValueError(
             f"{path} was trained with model.attention_options={was.get('options', {})}, this run has "
             f"{now['options']}; go on with the options that it was started with"
+        )
+    if was.get("fixed_layouts") != fingerprint(model):
+        raise ValueError(
+            f"{path} was trained with other fixed blocks than this run has; go on with the model.block_size, the files "
+            f"and the seed that it was started with"
         )
     ours, theirs = module.state_dict(), checkpoint["state_dict"]
     odd = sorted(set(ours) ^ set(theirs))

@@ -21,10 +21,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from sat import runs
+from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, SequenceDataModule, TextDataModule
 from sat.files import written_whole
-from sat.models import SequenceClassifier
+from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
 from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast
 
@@ -32,9 +33,19 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Train a Transformer densely until its attention has settled, then sparsely.
 
-The options under --data are those of the data set that --config or --data.name chooses.
-Example: python -m sat.train --config cifar10.yaml --sparsity.density 0.1 --data.path DIR --trainer.max_steps 500
+A model of our own, from scratch: --model.num_layers, --model.width, --model.attention ... say what it is.
+  python -m sat.train --config cifar10.yaml --sparsity.density 0.1 --data.path DIR --trainer.max_steps 500
+A pretrained model of Hugging Face transformers: --model.pretrained says which, a name on the hub or a folder.
+  python -m sat.train --config bert_mrpc.yaml --model.pretrained NAME_OR_FOLDER --data.path DIR
+
+The options under --data are those of the data set that --config or --data.name chooses, those under --model belong to
+one of these two ways: what follows is {way}; for {other}, see
+  python -m sat.train --config {example} --help
 """
+WAYS = {
+    False: {"way": "for a model of our own", "other": "a pretrained one", "example": "bert_mrpc.yaml"},
+    True: {"way": "for a pretrained model", "other": "one of our own", "example": "cifar10.yaml"},
+}
 # Options of Lightning's Trainer that are ours to set, or that would name classes and so load code.
 TRAINER_SKIP = {
     "accelerator",
@@ -59,11 +70,11 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the description as it is."""
 
 
-def build_parser(data_name: str) -> ArgumentParser:
-    """The command line for one data set; its sections are those of a config file."""
+def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
+    """The command line for one data set and one kind of model; its sections are those of a config file."""
     parser = ArgumentParser(
         prog="python -m sat.train",
-        description=DESCRIPTION,
+        description=DESCRIPTION.format(**WAYS[pretrained]),
         formatter_class=HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
@@ -76,8 +87,9 @@ def build_parser(data_name: str) -> ArgumentParser:
     parser.add_argument("--compile", type=bool, default=False, help="compile the model with torch.compile")
     parser.add_argument("--data.name", type=str, required=True, help=f"data set: {', '.join(DATASETS)}")
     parser.add_class_arguments(DATASETS[data_name], "data", skip={"seed"})
-    parser.add_class_arguments(SequenceClassifier, "model", skip={"vocab_size", "seq_len", "num_classes"})
-    parser.add_class_arguments(ClassificationModule, "optimizer", skip={"model", "num_classes"})
+    model = PretrainedClassifier if pretrained else SequenceClassifier
+    parser.add_class_arguments(model, "model", skip={"vocab_size", "seq_len", "num_classes", "inputs"})
+    parser.add_class_arguments(ClassificationModule, "optimizer", skip={"model", "num_classes", "metric"})
     parser.add_class_arguments(AdaptiveSparsity, "sparsity", skip={"seed"})
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP)
     parser.add_argument("--trainer.accelerator", type=str, default="auto", help="auto, cpu, gpu or mps")
@@ -92,27 +104,35 @@ def parse(argv: list[str]) -> tuple[Namespace, ArgumentParser]:
         ValueError: an unknown config, data set, key, or a value of the wrong type.
     """
     argv = runs.resolve_config_arguments(argv)
-    data_name = _data_name(argv)
+    data_name, pretrained = _choices(argv)
     if data_name is None:
         if {"-h", "--help"} & set(argv) or not argv:
-            data_name = "cifar10"  # any: they share most options
+            data_name = "mrpc" if pretrained else "cifar10"  # any: they share most options
         else:
             raise ValueError(f"no data set chosen; give --config or --data.name, one of {', '.join(DATASETS)}")
     if data_name not in DATASETS:
         raise ValueError(f"unknown data set {data_name!r} in data.name; there are {', '.join(DATASETS)}")
-    parser = build_parser(data_name)
+    parser = build_parser(data_name, pretrained)
     try:
         return parser.parse_args(argv or ["--help"]), parser
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _data_name(argv: list[str]) -> str | None:
-    """``data.name``, which decides what the ``data`` section may hold, before the rest is read."""
-    name = None
-    for option, value in runs.option_values(argv, ("--config", "--data.name")):
+def _choices(argv: list[str]) -> tuple[str | None, bool]:
+    """What decides which options there are, before the rest is read.
+
+    Returns:
+        ``data.name``, which decides what the ``data`` section may hold, and whether there is a ``model.pretrained``,
+        be it null, which decides the same of the ``model`` section.
+    """
+    name, pretrained = None, False
+    for option, value in runs.option_values(argv, ("--config", "--data.name", "--model.pretrained")):
         if option == "--data.name":
             name = value
+            continue
+        if option == "--model.pretrained":
+            pretrained = True
             continue
         try:
             content = yaml.safe_load(Path(value).read_text())
@@ -121,7 +141,9 @@ def _data_name(argv: list[str]) -> str | None:
         if not isinstance(content, dict) or not isinstance(content.get("data", {}), dict):
             raise ValueError(f"{value} is not a config: it must map sections such as data and model to options")
         name = content.get("data", {}).get("name", name)
-    return name
+        model = content.get("model")
+        pretrained = "pretrained" in model if isinstance(model, dict) else pretrained
+    return name, pretrained
 
 
 class Run:
@@ -131,15 +153,15 @@ class Run:
         self.console = console
         self.name = args.name
         seed_everything(args.seed, verbose=False)
-        data_options = args.data.as_dict()
-        self.data: SequenceDataModule = DATASETS[data_options.pop("name")](**data_options, seed=args.seed)
-        self.model = model = SequenceClassifier(
-            self.data.vocab_size, self.data.seq_len, self.data.num_classes, **args.model.as_dict()
+        self.data = self._make_data(args)
+        self.model = model = self._make_model(args)
+        self.module = ClassificationModule(
+            model, self.data.num_classes, metric=self.data.metric, **args.optimizer.as_dict()
         )
-        self.module = ClassificationModule(model, self.data.num_classes, **args.optimizer.as_dict())
         if args.compile:
             # Each combination of dense, observed and sparse layers is a graph of its own, in training and evaluation.
-            graphs = 4 * (args.model.num_layers + 2)
+            layers = sum(isinstance(module, AdaptiveAttention) for module in model.modules())
+            graphs = 4 * (layers + 2)
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
             model.compile(fullgraph=True)
         self.sparsity = self._make_sparsity(args)
@@ -157,7 +179,7 @@ class Run:
         self.best = ModelCheckpoint(
             self.folder / "checkpoints",
             filename="best",
-            monitor="val/acc",
+            monitor=f"val/{self.data.metric}",
             mode="max",
             enable_version_counter=False,
             save_on_train_epoch_end=False,  # at the end of validation, whether or not an epoch ends there
@@ -175,28 +197,83 @@ class Run:
             default_root_dir=self.folder,
         )
 
+    def _make_data(self, args: Namespace) -> SequenceDataModule:
+        """The data set, which reads its texts or pictures as the pretrained model does unless it is told otherwise."""
+        options = args.data.as_dict()
+        name = options.pop("name")
+        pretrained = "pretrained" in args.model
+        if (DATASETS[name].inputs == "ids") == pretrained:
+            fitting = ", ".join(other for other, data in DATASETS.items() if (data.inputs == "ids") != pretrained)
+            raise ValueError(
+                f"the data set {name} has token ids of its own, which no pretrained model knows; leave model.pretrained "
+                f"out, or choose one of {fitting} as data.name"
+                if pretrained
+                else f"the data set {name} is made for pretrained models; set model.pretrained to a hub name or a folder, "
+                f"or choose one of {fitting} as data.name"
+            )
+        for option in ("tokenizer", "processor"):
+            if option in options and options[option] is None:
+                options[option] = args.model.pretrained
+        return DATASETS[name](**options, seed=args.seed)
+
+    def _make_model(self, args: Namespace) -> SequenceClassifier | PretrainedClassifier:
+        data = self.data
+        if data.inputs == "ids":
+            return SequenceClassifier(data.vocab_size, data.seq_len, data.num_classes, **args.model.as_dict())
+        model = PretrainedClassifier(data.num_classes, data.inputs, **args.model.as_dict())
+        # After the check of its extra by what has been made so far.
+        from sat.integrations.transformers import extend_position_embeddings, prepare
+
+        text = data.inputs == "text"
+        if text and data.vocab_size > (known := model.model.get_input_embeddings().num_embeddings):
+            raise ValueError(
+                f"the tokenizer has {data.vocab_size} tokens and {model.pretrained} knows {known}; give the model's own "
+                f"as --data.tokenizer"
+            )
+        length = data.seq_len if text else max(data.picture_size)
+        if model.max_length is not None and length > model.max_length:
+            unit = "tokens" if text else "pixels"
+            if not model.extend_positions:
+                raise ValueError(
+                    f"{model.pretrained} has positions for {model.max_length} {unit}, the data has {length}; lower "
+                    f"--data.{'seq_len' if text else 'image_size'}, or set --model.extend_positions true"
+                )
+            extend_position_embeddings(model.model, None, length)
+        if model.attention == "adaptive":
+            prepare(model.model, data.seq_len if text else None, model.block_size)
+        return model
+
     def _make_sparsity(self, args: Namespace) -> AdaptiveSparsity | None:
         """What switches the model to sparse attention, if it learns layouts at all."""
         if args.model.attention not in ("adaptive", "spion"):
             return None
         options = args.sparsity.as_dict()
         if args.model.attention == "spion":
-            # A published method with its own rules: what the section says of the criterion and the masks is SAT's.
-            own = {"quantile": 0.99 if isinstance(self.data, TextDataModule) else 0.96, "change": 15.0}
-            interval = args.trainer.val_check_interval  # SPION looks when it evaluates
-            own["interval"] = interval if isinstance(interval, int) else options["interval"]
-            unknown = sorted(set(self.model.attention_options) - set(own))
-            if unknown:
-                raise ValueError(
-                    f"model.attention_options: spion has no option {unknown[0]!r}; it has {', '.join(own)}"
-                )
-            own |= self.model.attention_options
-            for name, value in own.items():
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise ValueError(f"model.attention_options: {name} of spion must be a number, got {value!r}")
-            options |= {"mask": "spion", "quantile": own["quantile"], "density": None, "coverage": None}
-            options |= {"per_head": False, "theta": None, "delta": own["change"], "interval": own["interval"]}
+            options |= self._spion(args.trainer, options["interval"])
         return AdaptiveSparsity(**options, seed=args.seed)
+
+    def _spion(self, trainer: Namespace, interval: int) -> dict[str, Any]:
+        """A published method with its own rules, which prevail over what the config says of SAT's."""
+        own: dict[str, Any] = {"quantile": 0.99 if isinstance(self.data, TextDataModule) else 0.96, "change": 15.0}
+        # SPION looks when it evaluates. Where that is a share of an epoch, the config's interval stands.
+        batches = trainer.val_check_interval
+        whole = isinstance(batches, int) and not isinstance(batches, bool)
+        own["interval"] = max(1, batches // trainer.accumulate_grad_batches) if whole else interval
+        for name, value in self.model.attention_options.items():
+            if name not in own:
+                raise ValueError(f"model.attention_options: spion has no option {name!r}; it has {', '.join(own)}")
+            if isinstance(value, bool) or not isinstance(value, int if name == "interval" else int | float):
+                kind = "whole number" if name == "interval" else "number"
+                raise ValueError(f"model.attention_options: {name} of spion must be a {kind}, got {value!r}")
+        own |= self.model.attention_options
+        if not 0 <= own["quantile"] < 1 or own["change"] <= 0 or own["interval"] < 1:
+            raise ValueError(
+                f"model.attention_options: spion needs 0 <= quantile < 1, a change above 0 (in percent) and an "
+                f"interval of at least 1 step, got {own}"
+            )
+        criterion = {"theta": None, "delta": own["change"], "smoothing": 0.0, "patience": 1, "per_layer": False}
+        selection = {"mask": "spion", "quantile": own["quantile"], "density": None, "coverage": None, "per_head": False}
+        return {**criterion, **selection, "interval": own["interval"], "min_dense_steps": 0}
 
     def _callbacks(self) -> list[Callback]:
         """In the order in which they act at the end of a step."""
@@ -224,11 +301,20 @@ class Run:
             raise
         parameters = sum(p.numel() for p in self.module.parameters())
         self.console.print(
-            f"{self.name}: {self.data.seq_len} tokens, {self.data.num_classes} classes, {parameters:,} parameters; "
+            f"{self.name}: {self.data.size()}, {self.data.num_classes} classes, {parameters:,} parameters; "
             f"results go to {self.folder}",
             highlight=False,
             soft_wrap=True,
         )
+        if isinstance(self.model, PretrainedClassifier):
+            trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+            new = ", ".join(sorted(self.model.new_weights))
+            self.console.print(
+                f"pretrained: {self.model.pretrained}, of which {trained:,} parameters are trained"
+                + (f"; new and random at first: {new}" if new else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def train(self) -> None:
         """To the end; leaves ``last.ckpt`` as it is then."""
@@ -242,24 +328,31 @@ class Run:
         """Test the final and the best model, write and print the summary."""
         summary = runs.summarize(self.name, self.trainer, self.module, self.model, self.monitor, self.sparsity)
         runs.save_layouts(self.folder, runs.layouts_of(self.module), self.sparsity)
-        summary["test_accuracy"] = self._test("final")
+        accuracy, f1 = {}, {}
+        self._test("final", accuracy, f1)
         if Path(self.best.best_model_path).is_file():
             best = torch.load(self.best.best_model_path, map_location="cpu", weights_only=True)
             self.module.load_state_dict(best["state_dict"])
-            summary["test_accuracy"] |= self._test("best")
+            self._test("best", accuracy, f1)
             summary["best_checkpoint"] = {
                 "step": best["global_step"],
                 "phase": runs.phase_of(self.module, self.model.attention),
             }
+        summary["test_accuracy"] = accuracy
+        if self.data.metric == "f1":
+            summary |= {"validation_f1": self.module.validation_f1, "test_f1": f1}
         runs.write_summary(self.folder / "summary.json", summary)
         runs.print_summary(self.console, self.folder, summary)
         return summary
 
-    def _test(self, name: str) -> dict[str, float]:
+    def _test(self, name: str, accuracy: dict[str, float], f1: dict[str, float]) -> None:
+        """Note the test results of the weights that the module has now."""
         if self.trainer.limit_test_batches == 0:
-            return {}
+            return
         (metrics,) = self.trainer.test(self.module, datamodule=self.data, verbose=False)
-        return {name: round(metrics["test/acc"], 4)}
+        accuracy[name] = round(metrics["test/acc"], 4)
+        if "test/f1" in metrics:
+            f1[name] = round(metrics["test/f1"], 4)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sat.baselines.explicit import ExplicitAttention
 from sat.baselines.flex import FlexAttention
 from sat.baselines.longformer import LongformerAttention
 from sat.baselines.lsg import LSGAttention
-from sat.baselines.structure import Structure, StructureAttention
+from sat.baselines.structure import Structure, StructureAttention, fingerprint
 from sat.layout import BlockLayout
 from sat.patterns import from_deepspeed
 
@@ -31,6 +31,7 @@ __all__ = [
     "LSGAttention",
     "LongformerAttention",
     "StructureAttention",
+    "fingerprint",
     "make_baseline",
 ]
 
@@ -64,8 +65,8 @@ def make_baseline(
         block_size: edge of the blocks of a structure whose options name none.
         layer: the layer's number; what a method draws at random differs between layers.
         options: the method's keyword arguments. For ``structure`` and ``flex``: the keys of a ``sparse_attention``
-            section of DeepSpeed (``mode``, ``block``, ...), or ``deepspeed``, the path of a DeepSpeed JSON file, or
-            ``layout``, the path of a saved :class:`BlockLayout`.
+            section of DeepSpeed (``mode``, ``block``, ...) or ``deepspeed``, the path of a DeepSpeed JSON file, and a
+            ``seed``; or ``layout``, the path of a saved :class:`BlockLayout`.
 
     Raises:
         ValueError: no such method or option, or a value that does not do.
@@ -74,7 +75,7 @@ def make_baseline(
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     options = dict(options or {})
     if name in _OF_A_STRUCTURE:
-        structure = _structure(name, num_heads, block_size, options)
+        structure = _structure(name, num_heads, block_size, layer, options)
         if name == "flex" and not torch.cuda.is_available():
             raise ValueError(
                 "FlexAttention has no backward pass on a CPU, so model.attention=flex trains on a GPU only; "
@@ -95,9 +96,8 @@ def _checked_options(name: str, options: dict[str, Any], layer: int) -> dict[str
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"model.attention_options: {name} has no option {key!r}; {has}")
-        # A list where one number would do for all heads is the method's own to check.
         expected = type(known[key])
-        if not isinstance(value, list) and (type(value) is not expected):
+        if type(value) is not expected and not (key == "dilation" and isinstance(value, list)):  # one for each head
             raise ValueError(
                 f"model.attention_options: {key} of {name} must be {'a number' if expected is int else 'a word'} like "
                 f"{known[key]!r}, got {value!r}"
@@ -127,23 +127,37 @@ class _SavedLayout:
         return f"layout={self.path}"
 
 
-def _structure(name: str, num_heads: int, block_size: int, options: dict[str, Any]) -> Structure:
+def _structure(name: str, num_heads: int, block_size: int, layer: int, options: dict[str, Any]) -> Structure:
     files = [key for key in ("deepspeed", "layout") if key in options]
-    if files and len(options) > 1:
-        others = ", ".join(key for key in options if key != files[0])
-        raise ValueError(f"model.attention_options: {files[0]} names a file that says it all; leave out {others}")
     for key in files:
         if not isinstance(options[key], str):
             raise ValueError(f"model.attention_options: {key} of {name} is the path of a file, got {options[key]!r}")
+        others = [other for other in options if other != key and (key, other) != ("deepspeed", "seed")]
+        if others:
+            raise ValueError(
+                f"model.attention_options: {key} names a file that says it all; leave out {', '.join(others)}"
+            )
     if "layout" in options:
         return _SavedLayout(options["layout"])
-    if "deepspeed" not in options:
-        return from_deepspeed({"block": block_size, **options}, num_heads)
-    path = Path(options["deepspeed"])
+    seed = options.pop("seed", 0)
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"model.attention_options: seed of {name} must be a whole number of at least 0, got {seed!r}")
+    section = {"block": block_size, **options} if "deepspeed" not in options else _read_deepspeed(options["deepspeed"])
+    return from_deepspeed(section, num_heads, seed=seed + layer)
+
+
+def _read_deepspeed(file: str) -> dict[str, Any]:
+    """The section of a DeepSpeed file; a file that is nothing but the section will do."""
+    path = Path(file)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the DeepSpeed configuration {path} ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON file ({error})") from error
-    return from_deepspeed(content, num_heads)
+    if not isinstance(content, dict) or not {"sparse_attention", "mode"} & set(content):
+        raise ValueError(
+            f"{path} has no section sparse_attention (and is no such section itself: there is no mode in it); add one, "
+            f"or choose a structure by model.attention_options.mode"
+        )
+    return content.get("sparse_attention", content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 import torch
@@ -106,3 +107,16 @@ class StructureAttention(nn.Module):
         """Shown by ``print(model)``."""
         density = self.layout_mask.float().mean()
         return f"num_heads={self.num_heads}, seq_len={self.seq_len}, {self.structure}, density={density:.3f}"
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """A number that tells the fixed layouts of a model from others; None if it has none.
+
+    They are in no checkpoint, and what makes them (a file, a seed) may change until a run is resumed.
+    """
+    digest = hashlib.sha256()
+    found = [module for module in model.modules() if isinstance(module, StructureAttention)]
+    for module in found:
+        digest.update(f"{module.block_size} {list(module.layout_mask.shape)} {module.is_causal}".encode())
+        digest.update(module.layout_mask.cpu().numpy().tobytes())
+    return digest.hexdigest() if found else None

@@ -153,8 +153,7 @@ def test_flex_computes_the_same_blocks(size, causal):
     for masks in ({}, {"key_padding_mask": keep, "query_padding_mask": keep}):
         ours = FlexAttention(2, 300, Random())(query, key, value, **masks)
         expected = StructureAttention(2, 300, Random())(query, key, value, **masks)
-        kept = expected.abs().sum(-1) > 0  # FlexAttention's rows without a key are what they are
-        torch.testing.assert_close(ours[kept], expected[kept])
+        torch.testing.assert_close(ours, expected)
     # Uncompiled, FlexAttention reads the mask function only; compiled, the lists of blocks of 128.
     layout = Random().layout(300)
     visited = F.max_pool2d(F.pad(layout.element_mask(300, 300).float(), (0, 84, 0, 84)), 128).bool()
@@ -168,6 +167,18 @@ def test_each_layer_draws_random_blocks_of_its_own():
     first, second = (make_baseline("bigbird", 2, 600, block_size=32, layer=i).layout for i in (0, 1))
     assert first != second
     assert make_baseline("bigbird", 2, 600, block_size=32, layer=1).layout == second
+
+
+def test_random_blocks_of_a_structure_have_a_seed_and_differ_between_layers(tmp_path):
+    config = tmp_path / "ds_config.json"
+    config.write_text(json.dumps({"mode": "bigbird", "block": 32, "num_random_blocks": 2}))
+    for options in ({"mode": "bigbird", "num_random_blocks": 2}, {"deepspeed": str(config)}):
+        made = [
+            make_baseline("structure", 2, 1024, block_size=32, layer=layer, options=options | seed).layout
+            for layer, seed in ((0, {}), (1, {}), (0, {"seed": 1}), (0, {"seed": 2}))
+        ]
+        assert made[1] == made[2] == patterns.BigBird(2, 32, num_random_blocks=2, seed=1).layout(1024).shared()
+        assert made[0] != made[1] != made[3]
 
 
 def test_a_structure_from_files(tmp_path):
@@ -185,6 +196,10 @@ def test_a_structure_from_files(tmp_path):
         make_baseline("structure", 2, 40, block_size=8, options={"deepspeed": str(tmp_path / "broken.json")})
     with pytest.raises(ValueError, match="cannot read the DeepSpeed configuration"):
         make_baseline("structure", 2, 40, block_size=8, options={"deepspeed": str(tmp_path / "none.json")})
+    for content in ({}, {"train_batch_size": 8}, []):
+        (tmp_path / "none.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"none.json has no section sparse_attention"):
+            make_baseline("structure", 2, 40, block_size=8, options={"deepspeed": str(tmp_path / "none.json")})
     with pytest.raises(ValueError, match="says it all; leave out mode"):
         make_baseline("structure", 2, 40, block_size=8, options={"deepspeed": str(config), "mode": "fixed"})
 
@@ -198,6 +213,9 @@ def test_a_structure_from_files(tmp_path):
         ("longformer", {"window": True}, "window of longformer must be a number like 64, got True"),
         ("longformer", {"window": 3}, "window must be even"),
         ("longformer", {"dilation": [1, 2, 3]}, "dilation must be"),
+        ("longformer", {"window": [64]}, "window of longformer must be a number like 64, got [64]"),
+        ("bigbird", {"seed": [1]}, "seed of bigbird must be a number like 0, got [1]"),
+        ("structure", {"seed": -1}, "seed of structure must be a whole number of at least 0, got -1"),
         ("lsg", {"selection": 3}, "selection of lsg must be a word like 'norm', got 3"),
         ("lsg", {"selection": "best"}, "selection"),
         ("bigbird", {"num_random_blocks": -1}, "num_random_blocks must be at least 0"),
@@ -281,16 +299,38 @@ def test_spion_switches_by_its_own_rules(tiny, capsys):
     assert [t["step"] for t in summary["transitions"]] == [6, 6]  # at the third evaluation
     summary = train.main([*command, "--model.attention_options.change", "1e-6"])
     assert "distance still changes" in summary["not_switched"]["0"]
-    summary = train.main([*command, "--model.attention_options.quantile", "0.5"])
+    # SAT's own settings of the criterion stay outside, and steps are counted, not batches.
+    other = ["--sparsity.patience", "9", "--sparsity.per_layer", "true", "--sparsity.min_dense_steps", "19"]
+    other += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "4"]
+    summary = train.main([*command, *other, "--model.attention_options.change", "1e6"])
+    assert [t["step"] for t in summary["transitions"]] == [6, 6]
     for options, message in (
         (["--model.attention_options.quantil", "0.5"], "spion has no option 'quantil'; it has quantile, change, inter"),
         (["--model.attention_options.quantile", "much"], "quantile of spion must be a number, got 'much'"),
-        (["--model.attention_options.quantile", "1.5"], "quantile, at least 0 and below 1, got 1.5"),
+        (["--model.attention_options.quantile", "1.5"], "spion needs 0 <= quantile < 1"),
+        (["--model.attention_options.change", "-3"], "spion needs 0 <= quantile < 1, a change above 0"),
+        (["--model.attention_options.interval", "1.5"], "interval of spion must be a whole number, got 1.5"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit):
             train.main([*command, *options])
         assert message in capsys.readouterr().err
+
+
+def test_goes_on_only_with_the_same_fixed_blocks(tiny, capsys, tmp_path):
+    config = tmp_path / "ds_config.json"
+    config.write_text('{"mode": "fixed", "block": 8, "num_local_blocks": 2}')
+    command = ["--config", str(tiny), "--trainer.max_steps", "4", "--model.attention", "structure"]
+    files = ["--model.attention_options.deepspeed", str(config)]
+    train.main([*command, *files])
+    config.write_text('{"mode": "fixed", "block": 8}')
+    for change in (files, ["--model.block_size", "16"]):
+        if change != files:
+            train.main(command)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            train.main([*command, *change, "--ckpt_path", "last"])
+        assert "was trained with other fixed blocks than this run has" in capsys.readouterr().err
 
 
 def test_goes_on_only_with_the_same_method_and_options(tiny, capsys):
