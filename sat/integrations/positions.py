@@ -22,31 +22,32 @@ def extend_position_embeddings(model: nn.Module, tokenizer: Any, max_length: int
       repeated until the table is full, the last repetition cut where ``max_length`` is no multiple. What the model
       gave at the lengths it knew stays the same, bit for bit.
     - Those that number their positions from ``padding_idx + 1`` on, such as RoBERTa, XLM-RoBERTa and CamemBERT: the
-      same, but the rows before stay alone, and ``config.max_position_embeddings`` counts them on top of ``max_length``.
-    - ViT and DeiT: the rows of the patches are interpolated on their grid, bicubic, as transformers does it for one
-      call with ``interpolate_pos_encoding=True``; the rows of CLS and of the distillation token stay. Pictures of a size
-      that is not square must not be given together with ``interpolate_pos_encoding=True``, which takes every trained
-      grid to be square.
+      same, but the rows before stay alone, and ``config.max_position_embeddings`` counts them on top of
+      ``max_length``.
+    - ViT and DeiT: the rows of the patches are interpolated on their grid, bicubic, as transformers does it in each
+      call with ``interpolate_pos_encoding=True``; the rows of CLS and of the distillation token stay. After a size
+      that is not square that option cannot be used, because it takes every table for a square one.
 
-    The table becomes a new parameter of the same dtype, device and ``requires_grad``: call this before the optimizer is
-    made, and before ``sat.integrations.transformers.prepare``. The buffers of position and token type ids, the
-    config and the tokenizer follow, so that ``save_pretrained`` and ``from_pretrained`` of plain transformers bring all
-    of it back. Nothing is changed where an error is raised; a model that has ``max_length`` already keeps its table.
+    The table becomes a new parameter of the same dtype, device and ``requires_grad``: call this before the optimizer
+    is made, and before ``sat.integrations.transformers.prepare``. The buffers of position and token type ids, the
+    config and the tokenizer follow, so that ``save_pretrained`` and ``from_pretrained`` of plain transformers bring
+    all of it back. Where an error is raised nothing was changed. A model of that length already keeps its table.
 
     Args:
         model: a model of transformers, with or without a head.
-        tokenizer: its tokenizer, whose ``model_max_length`` becomes ``max_length``; for a ViT its image processor, which
-            is made to give pictures of the new size (the share that a centre crop keeps stays); or None.
-        max_length: longest sequence in tokens, special tokens included; for a ViT the size of the pictures in pixels, an
-            int or (height, width), multiples of the patch size.
+        tokenizer: its tokenizer, whose ``model_max_length`` becomes ``max_length``; for a ViT its image processor,
+            which is made to give pictures of the new size (a centre crop keeps the same share of them); or None.
+        max_length: longest sequence in tokens, special tokens included; for a ViT the size of the pictures in pixels,
+            an int or (height, width), multiples of the patch size.
 
     Raises:
-        TypeError: ``model`` is none of transformers, ``tokenizer`` is of the wrong kind, or ``max_length`` is no int.
-        ValueError: fewer positions than now; positions that are rotary, relative, ALiBi or sinusoidal, or are kept in a
-            way that is not known here; a model on "meta" or one that was already prepared.
+        TypeError: ``model`` is none of transformers, ``tokenizer`` is of the wrong kind, or ``max_length`` is no
+            length.
+        ValueError: fewer positions than now; positions that are rotary, relative, ALiBi or sinusoidal, or are kept in
+            a way that is not known here; a model on "meta" or one that was already prepared.
 
-    Source: Beltagy, Peters and Cohan, "Longformer: The Long-Document Transformer" (2020), section 5, for the repetition;
-    Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), section 3.2, for the interpolation.
+    Source: Beltagy, Peters and Cohan, "Longformer: The Long-Document Transformer" (2020), section 5, for the
+    repetition; Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), section 3.2, for the interpolation.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
@@ -56,13 +57,13 @@ def extend_position_embeddings(model: nn.Module, tokenizer: Any, max_length: int
         )
     if any(isinstance(module, AdaptiveAttention) for module in model.modules()):
         raise ValueError(
-            f"this {type(model).__name__} is prepared for SAT already, and its attention is made for one length; load it "
-            f"anew, extend its positions first and prepare it then"
+            f"this {type(model).__name__} is prepared for SAT already, and its attention is made for one length; load "
+            f"it anew, extend its positions first and prepare it then"
         )
     embeddings, table = _position_table(model, config)
     if table.is_meta:
         raise ValueError(
-            f'the positions of this {type(model).__name__} lie on the device "meta", where there are no rows to repeat; '
+            f'the positions of this {type(model).__name__} lie on the device "meta", where there are no trained rows; '
             f"load its weights first"
         )
     if isinstance(embeddings.position_embeddings, nn.Embedding):
@@ -94,12 +95,12 @@ def _position_table(model: nn.Module, config: Any) -> tuple[Any, Tensor]:
     if kind and found:
         raise ValueError(
             f"{name} has {kind} positions beside learned ones, and extending one of the two would not do; give it "
-            f"sequences of the length it was made for"
+            f"sequences of the length that it was made for"
         )
     if kind:
         raise ValueError(
-            f"{name} has {kind} positions and needs no extension: nothing in the model bounds its length; give it the "
-            f"longer sequences, and set its tokenizer's model_max_length if that is smaller"
+            f"{name} has {kind} positions and needs no extension: no table bounds its length; give it the longer "
+            f"sequences, and set its tokenizer's model_max_length if that is smaller"
         )
     for option in ("sinusoidal_pos_embds", "sinusoidal_embeddings"):  # DistilBERT; XLM and FlauBERT
         if getattr(config, option, False):
@@ -115,8 +116,9 @@ def _position_table(model: nn.Module, config: Any) -> tuple[Any, Tensor]:
         )
     if len(found) != 1:
         raise ValueError(
-            f"{name} has {len(found) or 'no'} tables named position_embeddings, and one is expected, as in BERT, RoBERTa "
-            f"or ViT; a model of several encoders is extended one encoder at a time"
+            f"{name} has {len(found)} tables named position_embeddings, and exactly one is expected, as in BERT, "
+            f"RoBERTa or ViT; "
+            + ("extend its encoders one by one" if found else "extend its positions by hand, if it has any")
         )
     (embeddings,) = found
     table: Any = embeddings.position_embeddings
@@ -139,13 +141,14 @@ def _extend_tokens(model: nn.Module, config: Any, embeddings: Any, tokenizer: An
     rows = len(weight)
     # The embeddings of RoBERTa and its kin know the padding token, to number the positions of the others from there on.
     offset = 0 if getattr(embeddings, "padding_idx", None) is None else embeddings.padding_idx + 1
-    buffers = {name: getattr(embeddings, name, None) for name in ("position_ids", "token_type_ids")}
-    buffers = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+    buffers = {
+        name: buffer
+        for name, buffer in embeddings.named_buffers(recurse=False)
+        if name in ("position_ids", "token_type_ids")
+    }
     ids = buffers.get("position_ids")
-    if (
-        rows != getattr(config, "max_position_embeddings", None)
-        or any(buffer.shape != (1, rows) for buffer in buffers.values())
-        or (ids is not None and not ids.equal(torch.arange(rows, dtype=ids.dtype, device=ids.device)[None]))
+    if rows != getattr(config, "max_position_embeddings", None) or (
+        ids is not None and not ids.equal(torch.arange(rows, dtype=ids.dtype, device=ids.device)[None])
     ):
         raise ValueError(
             f"the {rows} positions of {type(model).__name__} are not numbered as in BERT or RoBERTa, from 0 to "
@@ -165,13 +168,9 @@ def _extend_tokens(model: nn.Module, config: Any, embeddings: Any, tokenizer: An
         table.weight = nn.Parameter(longer, requires_grad=weight.requires_grad)
         table.num_embeddings = new_rows
         for name, buffer in buffers.items():
-            is_position = name == "position_ids"
+            longer = torch.arange(new_rows)[None] if name == "position_ids" else torch.zeros(1, new_rows)
             # Assigned to the name of a buffer, so it stays one, in or out of the state dict as before.
-            setattr(
-                embeddings,
-                name,
-                torch.arange(new_rows).to(buffer)[None] if is_position else buffer.new_zeros(1, new_rows),
-            )
+            setattr(embeddings, name, longer.to(buffer))
         config.max_position_embeddings = new_rows
     if tokenizer is not None:
         tokenizer.model_max_length = max_length
@@ -180,13 +179,13 @@ def _extend_tokens(model: nn.Module, config: Any, embeddings: Any, tokenizer: An
 def _extend_patches(model: nn.Module, config: Any, embeddings: Any, processor: Any, max_length: Any) -> None:
     """Interpolate a table whose rows are added to the patches of a picture."""
     name = type(model).__name__
-    patches = getattr(embeddings, "patch_embeddings", None)
+    patches: Any = getattr(embeddings, "patch_embeddings", None)
     weight = embeddings.position_embeddings
     tokens = [getattr(embeddings, token, None) for token in ("cls_token", "distillation_token")]
     special = sum(token is not None for token in tokens)
     old, patch = (_pair(getattr(patches, size, None)) for size in ("image_size", "patch_size"))
     if (
-        # Those that do not ask for it interpolate at every call, or keep other rows than those of patches.
+        # Without this option a model interpolates in every call, from the size of config.image_size.
         "interpolate_pos_encoding" not in inspect.signature(embeddings.forward).parameters
         or old is None
         or patch is None
@@ -196,18 +195,20 @@ def _extend_patches(model: nn.Module, config: Any, embeddings: Any, processor: A
     ):
         raise ValueError(
             f"the positions of {name} are not those of ViT or DeiT, a row for each patch of a picture of "
-            f"config.image_size after the rows of CLS and distillation; extend them by hand"
+            f"config.image_size after the rows of CLS and distillation; give it the larger pictures as it is, since "
+            f"some such models interpolate by themselves, or extend them by hand"
         )
     new = _pair(max_length)
     if new is None:
         raise TypeError(
-            f"the max_length of a {name} is the size of its pictures in pixels, an int of at least 1 or (height, width); "
-            f"got {max_length!r}"
+            f"the max_length of a {name} is the size of its pictures in pixels, an int of at least 1 or (height, "
+            f"width); got {max_length!r}"
         )
     if new[0] % patch[0] or new[1] % patch[1]:
+        height, width = (-(-side // edge) * edge for side, edge in zip(new, patch, strict=True))
         raise ValueError(
             f"pictures of {new[0]} x {new[1]} pixels cannot be cut into patches of {patch[0]} x {patch[1]}; take "
-            f"multiples of the patch size, such as {-(-new[0] // patch[0]) * patch[0]} x {-(-new[1] // patch[1]) * patch[1]}"
+            f"multiples of the patch size, such as {height} x {width}"
         )
     if new[0] < old[0] or new[1] < old[1]:
         raise ValueError(

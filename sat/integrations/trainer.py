@@ -1,0 +1,144 @@
+"""Floor 3: learned sparsity in Hugging Face's Trainer.
+
+trainer = Trainer(model, args, train_dataset=..., callbacks=[SparsityCallback(density=0.5, keep_first_tokens=1)])
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sat import ops
+from sat.attention import AdaptiveAttention
+from sat.files import written_whole
+from sat.integrations.transformers import load_layouts, prepare
+from sat.ops import AttentionStatistics
+from sat.sparsity import SparsityPhases, skewness
+
+logger = logging.getLogger(__name__)
+
+# Beside the weights in each of the Trainer's checkpoints.
+STATE_FILE = "sat_phases.pt"
+
+
+class SparsityCallback(SparsityPhases, TrainerCallback):
+    """Trains densely until the attention's statistics have settled, then gives every layer its block layout.
+
+    The counterpart of :class:`sat.callback.AdaptiveSparsity` for Hugging Face's ``Trainer``. The model may be any that
+    :func:`sat.integrations.transformers.prepare` takes; one that is not prepared yet is prepared at the start. Values
+    that the criterion compares stand in ``state.log_history``, and the phase in each line that the Trainer logs.
+    Checkpoints of the Trainer hold the state; ``resume_from_checkpoint`` goes on with it, and
+    ``load_best_model_at_end`` brings the layouts of the best model back, or its dense phase.
+
+    Args:
+        seq_len: the longest sequence in tokens, on which layouts are learned; by default what the model can take.
+        block_size: edge of a block, in tokens.
+        backend: of the sparse phase, see :mod:`sat.ops`.
+        settings: those of :class:`sat.sparsity.SparsityPhases`.
+    """
+
+    def __init__(
+        self, seq_len: int | None = None, block_size: int = 16, backend: ops.Backend = "auto", **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        self.seq_len, self.block_size, self.backend = seq_len, block_size, backend
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prepare the model, find its attention modules, and go on where a checkpoint was."""
+        model = kwargs["model"]
+        attentions = _attentions(model)
+        if not attentions:
+            prepare(model, self.seq_len, self.block_size, backend=self.backend)
+            attentions = _attentions(model)
+        self.attach(type(model).__name__, attentions)
+        if state.global_step > 0:
+            self._resume(_checkpoint(args, state))
+        self.check_phases()
+        optimizer = kwargs["optimizer"]
+        self.attach_optimizers([getattr(optimizer, "optimizer", optimizer)])  # accelerate's wrapper calls the inner one
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the dense layers for statistics, at every ``interval``-th step; the last micro-batch's count."""
+        self.before_batch(ends_step=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hand the statistics to the controller and put its layouts in place."""
+        before = len(self.transitions)
+        values = self.after_batch(ends_step=True, mean=_mean_over_processes)
+        if values is not None:
+            state.log_history.append({**values, "step": state.global_step})
+        for transition in self.transitions[before:]:
+            control.should_log = True
+            logger.info(
+                "layer %d is sparse from step %d on: density %.3f, attention held %.1f %% of at most %.1f %%",
+                transition.layer,
+                transition.step,
+                transition.density,
+                100 * transition.captured_mass,
+                100 * transition.best_mass,
+            )
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Say how many layers are sparse, in each line that is logged."""
+        if self.controller is not None and (logs := kwargs.get("logs")) is not None:
+            logs["sparse_layers"] = len(self.layouts)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the state in the Trainer's checkpoint; the layouts lie there already, beside the weights."""
+        folder = _checkpoint(args, state)
+        if state.is_world_process_zero and folder.is_dir():
+            with written_whole(folder / STATE_FILE) as temporary:
+                torch.save(self.state_dict(), temporary)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the optimizer as it was; the best model, if it is loaded now, has its own layouts."""
+        self.detach_optimizers()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            load_layouts(kwargs["model"], state.best_model_checkpoint)
+
+    def _resume(self, folder: Path) -> None:
+        path = folder / STATE_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no {STATE_FILE}; resume from a checkpoint in output_dir that was trained with "
+                f"SparsityCallback, or start anew from its weights with from_pretrained"
+            )
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        assert self.controller is not None
+        for attention, layout in zip(self.attentions.values(), self.controller.layouts, strict=True):
+            attention.set_layout(layout)
+
+
+def _attentions(model: nn.Module) -> dict[str, AdaptiveAttention]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptiveAttention)}
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def _mean_over_processes(statistics: AttentionStatistics) -> AttentionStatistics:
+    """The same statistics in every process, so that all reach the same layouts."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return statistics
+    assert statistics.score_matrix is not None
+    pooled, matrix = (_mean(x) for x in (statistics.pooled, statistics.score_matrix))
+    return AttentionStatistics(pooled, skewness(matrix).float(), matrix)
+
+
+def _mean(x: Tensor) -> Tensor:
+    total = x.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()

@@ -1,0 +1,181 @@
+"""Learned sparsity in Hugging Face's Trainer, on a tiny model and made-up sentences."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from sat.integrations.transformers import load_layouts, prepare  # noqa: E402
+
+from sat.integrations.trainer import STATE_FILE, SparsityCallback  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*pin_memory.*:UserWarning", "ignore:.*no accelerator is found.*:UserWarning"
+)
+
+
+def make_model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=24,
+        num_labels=3,
+        attn_implementation="sat",
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def make_samples(count: int = 48) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for number in range(count):
+        ids = torch.randint(1, 50, (24,), generator=generator)
+        mask = torch.arange(24) < 24 - number % 9
+        samples.append({"input_ids": ids * mask, "attention_mask": mask.long(), "labels": number % 3})
+    return samples
+
+
+SETTINGS = {"density": 0.3, "block_size": 4, "interval": 2, "max_dense_steps": 6, "keep_first_tokens": 1}
+
+
+def make_trainer(folder: Path, callback: SparsityCallback, steps: int = 12, **arguments: Any) -> Any:
+    options = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 3,
+        "save_steps": 4,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": 7,
+        **arguments,
+    }
+    return transformers.Trainer(
+        make_model(),
+        transformers.TrainingArguments(**options),
+        train_dataset=make_samples(),
+        eval_dataset=make_samples(8),
+        callbacks=[callback],
+    )
+
+
+def test_trains_densely_then_sparsely(tmp_path, caplog):
+    callback = SparsityCallback(**SETTINGS)
+    trainer = make_trainer(tmp_path, callback)
+    with caplog.at_level(logging.INFO, "sat.integrations.trainer"):
+        trainer.train()
+    assert [(t.layer, t.step) for t in callback.transitions] == [(0, 6), (1, 6)]
+    assert "layer 1 is sparse from step 6 on: density 0.444" in caplog.text
+    assert len(callback.layouts) == 2
+    for layout in callback.layouts.values():
+        assert layout.shape == (6, 6)
+        assert layout.mask[:, 0].all()  # CLS sees all ...
+        assert layout.mask[:, :, 0].all()  # ... and is seen by all
+    history = trainer.state.log_history
+    observed = [line["step"] for line in history if "layer0/skewness" in line]
+    assert observed == [2, 4, 6]
+    logged = {line["step"]: line["sparse_layers"] for line in history if "loss" in line}
+    assert logged[3] == 0
+    assert logged[6] == logged[12] == 2
+
+
+def test_the_learning_rate_factor_acts_on_steps_only(tmp_path):
+    seen: list[float] = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            optimizer = kwargs["optimizer"]
+            inner = getattr(optimizer, "optimizer", optimizer)
+            inner.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+
+    callback = SparsityCallback(**SETTINGS, lr_factor=0.5)
+    trainer = make_trainer(tmp_path, callback, lr_scheduler_type="constant")
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen == [1e-3] * 6 + [5e-4] * 6
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3] * len(trainer.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_resumed_run_is_the_whole_run(tmp_path, stop):
+    whole = make_trainer(tmp_path / "whole", SparsityCallback(**SETTINGS))
+    whole.train()
+    callback = SparsityCallback(**SETTINGS)
+    resumed = make_trainer(tmp_path / "whole", callback)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{stop}"
+    assert (checkpoint / STATE_FILE).is_file()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert len(callback.layouts) == 2
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    (checkpoint / STATE_FILE).unlink()
+    with pytest.raises(ValueError, match=f"checkpoint-{stop} has no {STATE_FILE}"):
+        make_trainer(tmp_path / "whole", SparsityCallback(**SETTINGS)).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_checkpoints_hold_layouts_that_one_call_brings_back(tmp_path):
+    callback = SparsityCallback(**SETTINGS)
+    trainer = make_trainer(tmp_path, callback)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "final", attn_implementation="sat")
+    load_layouts(model, str(tmp_path / "final"))
+    batch = {key: torch.stack([torch.as_tensor(s[key]) for s in make_samples(4)]) for key in make_samples(1)[0]}
+    with torch.no_grad():
+        expected = trainer.model.cpu().eval()(**batch).logits
+        assert torch.equal(model.eval()(**batch).logits, expected)
+        dense = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "final")
+        assert not torch.equal(dense.eval()(**batch).logits, expected)
+
+
+def test_the_best_model_comes_back_in_its_own_phase(tmp_path, monkeypatch):
+    callback = SparsityCallback(**SETTINGS)
+    trainer = make_trainer(
+        tmp_path,
+        callback,
+        eval_strategy="steps",
+        eval_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+    )
+    losses = iter([3.0, 2.0, 1.0])
+    original = trainer.evaluate
+
+    def evaluate(*args, **kwargs):
+        metrics = original(*args, **kwargs)
+        metrics["eval_loss"] = next(losses)
+        return metrics
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    assert callback.layouts == {}, "the best model was dense"
+
+
+def test_a_prepared_model_keeps_its_sizes(tmp_path):
+    callback = SparsityCallback(**{**SETTINGS, "block_size": 16})
+    trainer = make_trainer(tmp_path, callback, steps=6)
+    prepare(trainer.model, seq_len=24, block_size=8)
+    trainer.train()
+    assert {layout.block_size for layout in callback.layouts.values()} == {8}
+
+
+def test_refuses_what_the_phases_refuse():
+    with pytest.raises(ValueError, match="density is a share"):
+        SparsityCallback(density=2.0)
+    with pytest.raises(TypeError, match="densty"):
+        SparsityCallback(densty=0.5)
