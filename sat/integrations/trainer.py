@@ -91,7 +91,8 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Say how many layers are sparse, in each line that is logged."""
         if self.controller is not None and (logs := kwargs.get("logs")) is not None:
-            logs["sparse_layers"] = len(self.layouts)
+            # The Trainer has made its line of the history by now.
+            logs["sparse_layers"] = state.log_history[-1]["sparse_layers"] = len(self.layouts)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the state in the Trainer's checkpoint; the layouts lie there already, beside the weights."""

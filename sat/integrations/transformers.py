@@ -145,11 +145,13 @@ def prepare(
         device = next((parameter.device for parameter in module.parameters()), model.device)
         module.sat = states[name].to(device).train(module.training)
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and (names := _states(part)):
-            ignored = {f"{name}.sat.{buffer}" for name, state in names.items() for buffer in state.state_dict()}
-            part._keys_to_ignore_on_save = {*(part._keys_to_ignore_on_save or ()), *ignored}
-            # A partial of a function by name, and no method: copies and pickles of the model then hold their own.
-            part.save_pretrained = functools.partial(_save_pretrained, part)  # type: ignore[method-assign]
+        if not isinstance(part, PreTrainedModel) or not (names := _states(part)) or "save_pretrained" in vars(part):
+            continue
+        ignored = {f"{name}.sat.{buffer}" for name, state in names.items() for buffer in state.state_dict()}
+        part._keys_to_ignore_on_save = {*(part._keys_to_ignore_on_save or ()), *ignored}
+        # A partial of a function by name, and no method: copies and pickles of the model then hold their own.
+        part.save_pretrained = functools.partial(_save_pretrained, part)  # type: ignore[method-assign]
+        part.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
     return states
 
 
@@ -259,12 +261,7 @@ def _attention(
     ``[B, H, L, S]``, bool or added to the scores, which is used as it is. Where there is a mask, ``is_causal`` counts
     for nothing, as in transformers.
     """
-    asked = kwargs.get("output_attentions")
-    if getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked:
-        raise ValueError(
-            'attn_implementation="sat" never forms attention weights, so output_attentions=True cannot be served; '
-            'use model.set_attn_implementation("eager") to look at them'
-        )
+    _refuse_weights(module, (), kwargs)
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.dtype != torch.bool:
         raise ValueError(
             f"{type(module).__name__} passes a mask of shape {list(attention_mask.shape)} and {attention_mask.dtype}, "
@@ -286,6 +283,18 @@ def _attention(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
+
+
+def _refuse_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Say that there are no attention weights; also a hook, because some models do not tell their attention."""
+    config = getattr(module, "config", None)
+    asked = kwargs.get("output_attentions")
+    asked = getattr(config, "output_attentions", False) if asked is None else asked
+    if asked and getattr(config, "_attn_implementation", "sat") == "sat":
+        raise ValueError(
+            'attn_implementation="sat" never forms attention weights, so output_attentions=True cannot be served; '
+            'use model.set_attn_implementation("eager") to look at them'
+        )
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -843,9 +843,18 @@ def test_compiles_in_one_graph_in_either_phase(name: str) -> None:
 
 
 def test_attention_weights_are_never_formed() -> None:
-    for name in ("bert", "vit", "llama"):
-        with pytest.raises(ValueError, match=r"output_attentions=True.*set_attn_implementation\(.eager.\)"):
-            make(name)(**batch_of(name), output_attentions=True)
+    sentence = r"output_attentions=True.*set_attn_implementation\(.eager.\)"
+    for name in MODELS:
+        model, batch = make(name), batch_of(name)
+        if name in ("bert", "llama"):  # most models hand it to their attention
+            with pytest.raises(ValueError, match=sentence):
+                model(**batch, output_attentions=True)
+        prepare(model, block_size=BLOCK)
+        with pytest.raises(ValueError, match=sentence):
+            model(**batch, output_attentions=True)
+        model(**batch, output_attentions=False)
+        model.set_attn_implementation("eager")
+        assert model(**batch, output_attentions=True).attentions[0].shape[1] == HEADS
 
 
 def test_calls_that_a_layout_cannot_serve() -> None:
