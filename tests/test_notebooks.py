@@ -1,0 +1,53 @@
+"""The notebooks run from top to bottom and are stored without outputs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def code_of(path: Path) -> list[str]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_outputs(path):
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore:.*no accelerator is found.*:UserWarning")
+def test_fine_tune_pretrained_runs(tmp_path, monkeypatch, capsys, project_root):
+    """On a tiny model with a tiny vocabulary, and sentences about nothing."""
+    datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    words = [f"word{number}" for number in range(40)]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = transformers.BertConfig(
+        vocab_size=45, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    for split, count in (("train", 64), ("test", 8)):
+        picks = torch.randint(40, (count, 2, 30)).tolist()
+        rows = [[" ".join(words[i] for i in sentence) for sentence in pair] for pair in picks]
+        columns = {"sentence1": [a for a, _ in rows], "sentence2": [b for _, b in rows], "label": [0, 1] * (count // 2)}
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"{split}.parquet")
+    for name, value in (("SAT_MODEL", tmp_path / "model"), ("SAT_DATA", tmp_path), ("SAT_STEPS", 12)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in code_of(project_root / "notebooks" / "fine_tune_pretrained.ipynb"):
+        exec(compile(cell, "fine_tune_pretrained", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "layer 1: step " in printed
+    assert "accuracy   dense 0." in printed
+    assert len(names["sparsity"].layouts) == 2
