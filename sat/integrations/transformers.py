@@ -262,6 +262,12 @@ def _attention(
     for nothing, as in transformers.
     """
     _refuse_weights(module, (), kwargs)
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:  # transformers' sdpa has not refused it in all versions
+            raise ValueError(
+                f'{type(module).__name__} passes {name}, which attn_implementation="sat" cannot honour; leave this '
+                f'model dense, with attn_implementation="eager"'
+            )
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.dtype != torch.bool:
         raise ValueError(
             f"{type(module).__name__} passes a mask of shape {list(attention_mask.shape)} and {attention_mask.dtype}, "
@@ -354,12 +360,11 @@ def _check(state: AdaptiveAttention, module: nn.Module, query: Tensor, key: Tens
             f"this attention was prepared for up to {state.seq_len} tokens, got {length}; shorten the sequence, or "
             f"load the model anew and prepare it with seq_len={length}"
         )
-    for name in ("softcap", "s_aux", "cache"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{type(module).__name__} passes {name}, which {doing} cannot honour; leave this model dense, with "
-                f'attn_implementation="sdpa" or "eager"'
-            )
+    if kwargs.get("cache") is not None:
+        raise ValueError(
+            f"{type(module).__name__} passes a paged key/value cache, which {doing} cannot use; generate without "
+            f"continuous batching, or densely after set_layout(None) on each attention"
+        )
 
 
 def _sparse_attention(

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import runpy
@@ -50,6 +51,7 @@ from transformers import (
     T5Model,
     ViTConfig,
     ViTModel,
+    masking_utils,
 )
 from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, create_causal_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -318,6 +320,44 @@ def test_masks_of_other_kinds_are_those_of_sdpa() -> None:
         assert torch.equal(mask, create_causal_mask(config=theirs, **arguments))
 
 
+def test_masks_that_must_be_in_full_are() -> None:
+    # A model that goes on to join its mask to another asks for all of it; its positions must not be told by is_causal.
+    padding = torch.ones(2, 16, dtype=torch.bool)
+    padding[0, 10:] = False
+    sizes: dict[str, Any] = {"batch_size": 2, "kv_length": 16, "attention_mask": padding}
+    sizes |= (
+        {"q_length": 16}
+        if "q_length" in inspect.signature(sdpa_mask).parameters
+        else {"cache_position": torch.arange(16)}
+    )
+    for function, skip in (
+        (masking_utils.causal_mask_function, "allow_is_causal_skip"),
+        (masking_utils.bidirectional_mask_function, "allow_is_bidirectional_skip"),
+    ):
+        arguments = {**sizes, "mask_function": function, "allow_is_causal_skip": False}
+        expected = sdpa_mask(**arguments)
+        assert torch.equal(integration._mask(**arguments | {skip: False}), expected)
+        assert integration._mask(**arguments | {skip: True}).numel() == 32
+
+
+def test_a_small_causal_mask_is_causal_whatever_the_module_says() -> None:
+    model = make("bert")
+    module = model.encoder.layer[0].attention.self
+    query, key, value = torch.randn(3, 2, HEADS, LENGTH, 8, dtype=torch.float64)
+    padding = torch.ones(2, LENGTH, dtype=torch.bool)
+    padding[1, 20:] = False
+    allowed = padding[:, None, None] & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed).transpose(1, 2)
+    dense, _ = integration._attention(module, query, key, value, padding)
+    assert torch.equal(dense, expected)
+    for state in prepare(model, block_size=BLOCK).values():
+        state.set_layout(BlockLayout(torch.ones(6, 6, dtype=torch.bool), BLOCK))
+    sparse, _ = integration._attention(module, query, key, value, padding)
+    assert sparse.is_contiguous()
+    torch.testing.assert_close(sparse[padding], expected[padding], rtol=1e-12, atol=1e-12)
+    assert not sparse[~padding].any()  # padded queries give 0
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -584,10 +624,18 @@ def test_cross_attention_and_sliding_windows_stay_as_they_are() -> None:
     assert [path.rsplit(".", 2)[-2:] for path in prepare(decoder)] == [["attention", "self"]] * 2
     assert torch.equal(features(decoder, batch), expected)
     assert list(prepare(gpt2)) == ["h.0.attn"]
-    windowed = MistralModel._from_config(MistralConfig(**TEXT, sliding_window=8), attn_implementation="sat")
+    windowed = MistralModel._from_config(
+        MistralConfig(**TEXT, num_key_value_heads=2, sliding_window=8), attn_implementation="sat"
+    ).eval()
+    batch = {**batch_of("llama", "left"), "use_cache": False}
+    output = features(windowed, batch)
+    windowed.set_attn_implementation("sdpa")
+    assert torch.equal(output, features(windowed, batch))
     with pytest.raises(ValueError, match="sliding window"):
         prepare(windowed)
-    plain = MistralModel._from_config(MistralConfig(**TEXT, sliding_window=None), attn_implementation="sat")
+    plain = MistralModel._from_config(
+        MistralConfig(**TEXT, num_key_value_heads=2, sliding_window=None), attn_implementation="sat"
+    )
     assert len(prepare(plain)) == 2
 
 
@@ -819,8 +867,13 @@ def test_autocast_observes_what_it_computes_with() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = features(model, batch)
         assert torch.equal(output, features(make("bert", "sdpa"), batch))
+        query, key, value = torch.randn(3, 1, HEADS, LENGTH, 8)  # as after rotary positions in float32
+        path, state = next(iter(states.items()))
+        integration._attention(model.get_submodule(path), query, key, value, None)
+    expected = ops.attention_statistics(query.bfloat16(), key.bfloat16(), BLOCK)
+    assert state.statistics is not None
+    assert torch.equal(state.statistics.pooled[:, :5, :5], expected.pooled)
     for state in states.values():
-        assert state.statistics is not None
         state.observe_samples = 0
         state.set_layout(BlockLayout(torch.ones(6, 6, dtype=torch.bool), BLOCK))
     with torch.autocast("cpu", torch.bfloat16):
@@ -874,13 +927,13 @@ def test_calls_that_a_layout_cannot_serve() -> None:
 
     module = model.encoder.layer[0].attention.self
     query = torch.randn(1, HEADS, 8, 8)
-    for options, sentence in (
-        ({"softcap": 30.0}, "passes softcap, which the sparse phase cannot honour"),
-        ({"s_aux": torch.zeros(HEADS)}, "passes s_aux"),
-        ({"cache": object()}, "passes cache"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            integration._attention(module, query, query, query, None, **options)
+    with pytest.raises(ValueError, match="passes a paged key/value cache, which the sparse phase cannot use"):
+        integration._attention(module, query, query, query, None, cache=object())
+    for state in states.values():  # in either phase
+        state.set_layout(None)
+    for option in ("softcap", "s_aux"):
+        with pytest.raises(ValueError, match=f"BertSelfAttention passes {option}, which .* cannot honour"):
+            integration._attention(module, query, query, query, None, **{option: torch.zeros(HEADS)})
     with pytest.raises(ValueError, match=r"mask of shape \[1, 8\] and torch.int64"):
         integration._attention(module, query, query, query, torch.ones(1, 8, dtype=torch.long))
 
