@@ -21,7 +21,8 @@ from sat.baselines import StructureAttention, fingerprint
 from sat.callback import AdaptiveSparsity
 from sat.files import written_whole
 from sat.layout import BlockLayout
-from sat.models import SequenceClassifier
+from sat.models import PretrainedClassifier, SequenceClassifier
+from sat.module import ClassificationModule
 from sat.monitor import Monitor
 from sat.plots import plot_layouts, plot_statistics
 
@@ -133,7 +134,7 @@ def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | No
     return found[-1]
 
 
-def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassifier) -> None:
+def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassifier | PretrainedClassifier) -> None:
     """That a file is a checkpoint of this very model and way of training; reads tensors, numbers and strings only.
 
     Raises:
@@ -232,8 +233,8 @@ def save_layouts(folder: Path, layouts: Mapping[int, BlockLayout], sparsity: Ada
 def summarize(
     name: str,
     trainer: Trainer,
-    module: LightningModule,
-    model: SequenceClassifier,
+    module: ClassificationModule,
+    model: SequenceClassifier | PretrainedClassifier,
     monitor: Monitor,
     sparsity: AdaptiveSparsity | None,
 ) -> dict[str, Any]:
@@ -242,6 +243,7 @@ def summarize(
     times = {phase: time for phase in phases if (time := monitor.median_step_ms(phase))}
     layouts = layouts_of(module).values()
     device = module.device
+    packages = ("torch", "lightning", *(["transformers"] if isinstance(model, PretrainedClassifier) else []))
     summary: dict[str, Any] = {
         "name": name,
         "attention": model.attention,
@@ -251,13 +253,17 @@ def summarize(
         "device": torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{_processor()}, {torch.get_num_threads()} threads",
-        "versions": {package: metadata.version(package) for package in ("torch", "lightning")}
+        "versions": {package: metadata.version(package) for package in packages}
         | {"python": platform.python_version()},
         "validation_accuracy": {key: round(value, 4) for key, value in monitor.validation_accuracy.items()},
         "validated_at": monitor.validated_at,
         "median_step_ms": {phase: round(time, 2) for phase, time in times.items()},
         "peak_memory_mib": {key: round(value) for key, value in monitor.peak_memory.items()},
     }
+    if isinstance(model, PretrainedClassifier):
+        summary["pretrained"] = model.pretrained
+    if module.validation_f1 is not None:
+        summary["validation_f1"] = round(module.validation_f1, 4)
     if len(times) == 2:
         summary["sparse_step_speedup"] = round(times["dense"] / times["sparse"], 2)
     if sparsity is not None and sparsity.controller is not None:
@@ -296,7 +302,7 @@ def _json_safe(value: Any) -> Any:
 def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
     """What a person wants to know at the end, and where the rest lies."""
     table = Table(title=f"{summary['name']}: {summary['steps']} steps", title_justify="left", show_header=False)
-    validation, test = summary["validation_accuracy"], summary["test_accuracy"]
+    validation, test, f1 = summary["validation_accuracy"], summary["test_accuracy"], summary.get("test_f1", {})
     attention, options = summary["attention"], summary["attention_options"]
     if attention != "adaptive":
         settings = ", ".join(f"{key} {value}" for key, value in options.items())
@@ -309,11 +315,17 @@ def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) ->
         table.add_row("validation accuracy right after it", f"{validation['after']:.3f}")
     if "latest" in validation:
         table.add_row(f"validation accuracy at step {summary['validated_at']}", f"{validation['latest']:.3f}")
+    if "validation_f1" in summary:
+        table.add_row(f"validation F1 at step {summary['validated_at']}", f"{summary['validation_f1']:.3f}")
     if "final" in test:
         table.add_row("test accuracy, final model", f"{test['final']:.3f}")
+    if "final" in f1:
+        table.add_row("test F1, final model", f"{f1['final']:.3f}")
     if "best" in test:
         best = summary["best_checkpoint"]
         table.add_row(f"test accuracy, best model (step {best['step']}, {best['phase']})", f"{test['best']:.3f}")
+    if "best" in f1:
+        table.add_row("test F1, best model", f"{f1['best']:.3f}")
     for phase, milliseconds in times.items():
         table.add_row(f"median step, {phase}", f"{milliseconds:.0f} ms")
     if "sparse_step_speedup" in summary:

@@ -8,6 +8,7 @@ import logging
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from rich.console import Console
 from sat import runs
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
-from sat.data import DATASETS, SequenceDataModule, TextDataModule
+from sat.data import DATASETS, ColorImageDataModule, SequenceDataModule, TextDataModule
 from sat.files import written_whole
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
@@ -142,7 +143,7 @@ def _choices(argv: list[str]) -> tuple[str | None, bool]:
             raise ValueError(f"{value} is not a config: it must map sections such as data and model to options")
         name = content.get("data", {}).get("name", name)
         model = content.get("model")
-        pretrained = "pretrained" in model if isinstance(model, dict) else pretrained
+        pretrained |= isinstance(model, dict) and "pretrained" in model
     return name, pretrained
 
 
@@ -153,11 +154,9 @@ class Run:
         self.console = console
         self.name = args.name
         seed_everything(args.seed, verbose=False)
-        self.data = self._make_data(args)
-        self.model = model = self._make_model(args)
-        self.module = ClassificationModule(
-            model, self.data.num_classes, metric=self.data.metric, **args.optimizer.as_dict()
-        )
+        self.data = data = _make_data(args)
+        self.model = model = _make_model(args, data)
+        self.module = ClassificationModule(model, data.num_classes, metric=data.metric, **args.optimizer.as_dict())
         if args.compile:
             # Each combination of dense, observed and sparse layers is a graph of its own, in training and evaluation.
             layers = sum(isinstance(module, AdaptiveAttention) for module in model.modules())
@@ -196,52 +195,6 @@ class Run:
             enable_progress_bar=False,  # ours counts steps
             default_root_dir=self.folder,
         )
-
-    def _make_data(self, args: Namespace) -> SequenceDataModule:
-        """The data set, which reads its texts or pictures as the pretrained model does unless it is told otherwise."""
-        options = args.data.as_dict()
-        name = options.pop("name")
-        pretrained = "pretrained" in args.model
-        if (DATASETS[name].inputs == "ids") == pretrained:
-            fitting = ", ".join(other for other, data in DATASETS.items() if (data.inputs == "ids") != pretrained)
-            raise ValueError(
-                f"the data set {name} has token ids of its own, which no pretrained model knows; leave model.pretrained "
-                f"out, or choose one of {fitting} as data.name"
-                if pretrained
-                else f"the data set {name} is made for pretrained models; set model.pretrained to a hub name or a folder, "
-                f"or choose one of {fitting} as data.name"
-            )
-        for option in ("tokenizer", "processor"):
-            if option in options and options[option] is None:
-                options[option] = args.model.pretrained
-        return DATASETS[name](**options, seed=args.seed)
-
-    def _make_model(self, args: Namespace) -> SequenceClassifier | PretrainedClassifier:
-        data = self.data
-        if data.inputs == "ids":
-            return SequenceClassifier(data.vocab_size, data.seq_len, data.num_classes, **args.model.as_dict())
-        model = PretrainedClassifier(data.num_classes, data.inputs, **args.model.as_dict())
-        # After the check of its extra by what has been made so far.
-        from sat.integrations.transformers import extend_position_embeddings, prepare
-
-        text = data.inputs == "text"
-        if text and data.vocab_size > (known := model.model.get_input_embeddings().num_embeddings):
-            raise ValueError(
-                f"the tokenizer has {data.vocab_size} tokens and {model.pretrained} knows {known}; give the model's own "
-                f"as --data.tokenizer"
-            )
-        length = data.seq_len if text else max(data.picture_size)
-        if model.max_length is not None and length > model.max_length:
-            unit = "tokens" if text else "pixels"
-            if not model.extend_positions:
-                raise ValueError(
-                    f"{model.pretrained} has positions for {model.max_length} {unit}, the data has {length}; lower "
-                    f"--data.{'seq_len' if text else 'image_size'}, or set --model.extend_positions true"
-                )
-            extend_position_embeddings(model.model, None, length)
-        if model.attention == "adaptive":
-            prepare(model.model, data.seq_len if text else None, model.block_size)
-        return model
 
     def _make_sparsity(self, args: Namespace) -> AdaptiveSparsity | None:
         """What switches the model to sparse attention, if it learns layouts at all."""
@@ -307,14 +260,7 @@ class Run:
             soft_wrap=True,
         )
         if isinstance(self.model, PretrainedClassifier):
-            trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
-            new = ", ".join(sorted(self.model.new_weights))
-            self.console.print(
-                f"pretrained: {self.model.pretrained}, of which {trained:,} parameters are trained"
-                + (f"; new and random at first: {new}" if new else ""),
-                highlight=False,
-                soft_wrap=True,
-            )
+            self.console.print(self.model.origin(), highlight=False, soft_wrap=True)
 
     def train(self) -> None:
         """To the end; leaves ``last.ckpt`` as it is then."""
@@ -328,31 +274,82 @@ class Run:
         """Test the final and the best model, write and print the summary."""
         summary = runs.summarize(self.name, self.trainer, self.module, self.model, self.monitor, self.sparsity)
         runs.save_layouts(self.folder, runs.layouts_of(self.module), self.sparsity)
-        accuracy, f1 = {}, {}
-        self._test("final", accuracy, f1)
+        tests = {"final": self._test()}
         if Path(self.best.best_model_path).is_file():
             best = torch.load(self.best.best_model_path, map_location="cpu", weights_only=True)
             self.module.load_state_dict(best["state_dict"])
-            self._test("best", accuracy, f1)
+            tests["best"] = self._test()
             summary["best_checkpoint"] = {
                 "step": best["global_step"],
                 "phase": runs.phase_of(self.module, self.model.attention),
             }
-        summary["test_accuracy"] = accuracy
+        scores = {
+            metric: {name: round(test[f"test/{metric}"], 4) for name, test in tests.items() if f"test/{metric}" in test}
+            for metric in ("acc", "f1")
+        }
+        summary["test_accuracy"] = scores["acc"]
         if self.data.metric == "f1":
-            summary |= {"validation_f1": self.module.validation_f1, "test_f1": f1}
+            summary["test_f1"] = scores["f1"]
         runs.write_summary(self.folder / "summary.json", summary)
         runs.print_summary(self.console, self.folder, summary)
         return summary
 
-    def _test(self, name: str, accuracy: dict[str, float], f1: dict[str, float]) -> None:
-        """Note the test results of the weights that the module has now."""
+    def _test(self) -> Mapping[str, float]:
+        """The test results of the weights that the module has now."""
         if self.trainer.limit_test_batches == 0:
-            return
+            return {}
         (metrics,) = self.trainer.test(self.module, datamodule=self.data, verbose=False)
-        accuracy[name] = round(metrics["test/acc"], 4)
-        if "test/f1" in metrics:
-            f1[name] = round(metrics["test/f1"], 4)
+        return metrics
+
+
+def _make_data(args: Namespace) -> SequenceDataModule:
+    """The data set, which prepares texts and pictures as the pretrained model wants them unless told otherwise."""
+    options = args.data.as_dict()
+    name = options.pop("name")
+    pretrained = "pretrained" in args.model
+    if pretrained == (DATASETS[name].inputs == "ids"):
+        kind = "token ids of its own" if pretrained else "inputs for pretrained models only"
+        fitting = ", ".join(other for other, data in DATASETS.items() if pretrained == (data.inputs != "ids"))
+        way = "leave model.pretrained out" if pretrained else "set model.pretrained to a hub name or a folder"
+        raise ValueError(f"the data set {name} gives {kind}; {way}, or choose one of {fitting} as data.name")
+    for option in ("tokenizer", "processor"):
+        if option in options and options[option] is None:
+            options[option] = args.model.pretrained
+    return DATASETS[name](**options, seed=args.seed)
+
+
+def _make_model(args: Namespace, data: SequenceDataModule) -> SequenceClassifier | PretrainedClassifier:
+    """The model, which takes what the data gives."""
+    if data.inputs == "ids":
+        return SequenceClassifier(data.vocab_size, data.seq_len, data.num_classes, **args.model.as_dict())
+    model = PretrainedClassifier(data.num_classes, data.inputs, **args.model.as_dict())
+    from sat.integrations.transformers import extend_position_embeddings, prepare  # transformers is an extra
+
+    if isinstance(data, ColorImageDataModule):
+        length, option, seq_len = max(data.picture_size), "image_size", None
+        if model.max_length is not None and length < model.max_length:
+            raise ValueError(
+                f"{model.pretrained} takes pictures of {model.max_length} pixels, the data gives {length}; set "
+                f"--data.image_size {model.max_length}"
+            )
+    else:
+        length, option, seq_len = data.seq_len, "seq_len", data.seq_len
+        known = model.model.get_input_embeddings().num_embeddings
+        if data.vocab_size > known:
+            raise ValueError(
+                f"the tokenizer has {data.vocab_size} tokens, of which {model.pretrained} knows {known}; give the "
+                f"model's own as --data.tokenizer"
+            )
+    if model.max_length is not None and length > model.max_length:
+        if not model.extend_positions:
+            raise ValueError(
+                f"data.{option} is {length}, but {model.pretrained} has positions for {model.max_length}; set "
+                f"--data.{option} {model.max_length}, or --model.extend_positions true"
+            )
+        extend_position_embeddings(model.model, None, length)
+    if model.attention == "adaptive":
+        prepare(model.model, seq_len, model.block_size)
+    return model
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -305,9 +305,11 @@ class TestConfigs:
         data_set = train.DATASETS[options.pop("name")]
         if path.stem == "inaturalist":  # it has no home on the hub: the user names a folder
             options["path"] = str(path.parent)
+        train.AdaptiveSparsity(**arguments.sparsity.as_dict())
+        if data_set.inputs != "ids":
+            return  # tests/test_pretrained.py runs them
         data = data_set(**options)
         train.SequenceClassifier(data.vocab_size, data.seq_len, data.num_classes, **arguments.model.as_dict())
-        train.AdaptiveSparsity(**arguments.sparsity.as_dict())
 
     def test_the_papers_settings(self):
         # Yoon et al. 2024, hyperparameters: layers, block, density, batch, lr, warm-up, steps, theta
@@ -346,6 +348,20 @@ class TestConfigs:
         for option in ("--sparsity.density", "--data.path", "--model.attention", "--trainer.max_steps", "--ckpt_path"):
             assert option in printed
         assert "default: 0.1" in printed
+        assert "--model.num_layers NUM_LAYERS" in printed
+        assert "--model.pretrained NAME_OR_FOLDER" in printed
+        assert "what follows is for a model of our own; for a pretrained one, see" in " ".join(printed.split())
+
+    @pytest.mark.parametrize("way", [["--config", "bert_mrpc"], ["--model.pretrained", "x", "--data.name", "imdb"]])
+    def test_help_for_a_pretrained_model(self, capsys, way):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*way, "--help"])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        for option in ("--model.freeze_backbone", "--optimizer.layer_decay", "--data.tokenizer", "--data.path"):
+            assert f"{option} " in printed
+        assert "--model.num_layers NUM_LAYERS" not in printed
+        assert "what follows is for a pretrained model; for one of our own, see" in " ".join(printed.split())
 
 
 class TestBadInput:

@@ -2,10 +2,14 @@
 
 from sat.data.ag_news import AGNews
 from sat.data.base import SequenceDataModule
-from sat.data.cifar10 import CIFAR10
+from sat.data.cifar10 import CIFAR10, CIFAR10RGB
 from sat.data.digits import Digits
+from sat.data.imdb import IMDB
 from sat.data.inaturalist import INaturalist
+from sat.data.mrpc import MRPC
+from sat.data.pictures import ColorImageDataModule
 from sat.data.texts import TextDataModule
+from sat.data.tokens import TokenizedTextDataModule
 from sat.data.yelp import YelpPolarity
 
 DATASETS: dict[str, type[SequenceDataModule]] = {
@@ -14,15 +18,24 @@ DATASETS: dict[str, type[SequenceDataModule]] = {
     "inaturalist": INaturalist,
     "ag_news": AGNews,
     "yelp": YelpPolarity,
+    # For pretrained models:
+    "cifar10_rgb": CIFAR10RGB,
+    "mrpc": MRPC,
+    "imdb": IMDB,
 }
 
 __all__ = [
     "CIFAR10",
+    "CIFAR10RGB",
     "DATASETS",
+    "IMDB",
+    "MRPC",
     "AGNews",
+    "ColorImageDataModule",
     "Digits",
     "INaturalist",
     "SequenceDataModule",
     "TextDataModule",
+    "TokenizedTextDataModule",
     "YelpPolarity",
 ]

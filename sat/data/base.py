@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sat.data.cache import Prepared
-from sat.data.loading import Batch, EvalBatches, TrainBatches, TrainLoader, eval_loader
+from sat.data.loading import Batch, EvalBatches, TrainBatches, TrainLoader, Transform, eval_loader
 
 HELD_OUT_FRACTION = 0.1
 HELD_OUT_AT_MOST = 5000
@@ -24,7 +25,8 @@ class SequenceDataModule(pl.LightningDataModule):
 
     A batch is a dict of ``input_ids`` int64 ``[B, L]``, ``labels`` int64 ``[B]`` and, where ``has_padding``,
     ``attention_mask`` bool ``[B, L]``, True = a real token. ``vocab_size``, ``num_classes``, ``seq_len`` (``L``) and
-    ``has_padding`` can be read from the start, ``class_names`` after ``setup``.
+    ``has_padding`` can be read from the start, ``class_names`` after ``setup``. Data for pretrained models has other
+    keys besides or instead, see :attr:`inputs`.
 
     The official training and test sets stay what they are. Validation is a class-stratified tenth of the training
     set, at most 5,000 samples, unless the source has a validation set and a test set. With a validation set but no
@@ -51,6 +53,9 @@ class SequenceDataModule(pl.LightningDataModule):
     class_names: list[str]
     dataset_name: str
     path: str | None = None  # where the samples come from, if they are files
+    # What a batch holds: token ids of our own or, for pretrained models, those of a tokenizer, or pictures.
+    inputs: Literal["ids", "text", "pictures"] = "ids"
+    metric: Literal["acc", "f1"] = "acc"  # by which models are compared on validation data
 
     def __init__(
         self,
@@ -86,6 +91,14 @@ class SequenceDataModule(pl.LightningDataModule):
     def dataset(self, tensors: dict[str, Tensor], rows: Tensor) -> Dataset[Batch]:
         """Some rows of a split, as a map from a list of positions to a batch."""
         raise NotImplementedError
+
+    def transform(self) -> Transform | None:
+        """What changes the training batches at random; None: nothing does."""
+        return None
+
+    def size(self) -> str:
+        """How large a sample is, for people."""
+        return f"{self.seq_len} tokens"
 
     def prepare_data(self) -> None:
         """Read the source and write the cache; Lightning calls this in one process only."""
@@ -130,7 +143,11 @@ class SequenceDataModule(pl.LightningDataModule):
                 f"{across}; lower --data.batch_size or raise --data.train_samples"
             )
         return TrainLoader(
-            self.dataset(tensors, rows), batches, completed=self._completed, num_workers=self.num_workers
+            self.dataset(tensors, rows),
+            batches,
+            completed=self._completed,
+            num_workers=self.num_workers,
+            transform=self.transform(),
         )
 
     def val_dataloader(self) -> DataLoader:

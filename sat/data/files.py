@@ -22,7 +22,8 @@ PROGRESS_FROM = 20_000
 class FileDataModule(SequenceDataModule):
     """A data set in parquet files, or on the Hugging Face hub.
 
-    Subclasses say what a row's content becomes (:meth:`encode`) and what that depends on (:meth:`encoding`).
+    Subclasses say where a row's content lies (``content_columns``, several names for one column, or :meth:`columns`),
+    what it becomes (:meth:`encode`) and what that depends on (:meth:`encoding`).
 
     Args:
         path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
@@ -37,6 +38,7 @@ class FileDataModule(SequenceDataModule):
     """
 
     hub_id: str | None = None
+    hub_config: str | None = None  # which of the data sets under this id, where it has several
     content_columns: Sequence[str]
 
     def __init__(
@@ -63,12 +65,16 @@ class FileDataModule(SequenceDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 
     def encode(self, rows: Iterator[pa.Array], table: sources.Table) -> dict[str, Tensor]:
-        """The content column, some hundred rows at a time, as tensors."""
+        """The content, some hundred rows at a time, as tensors; several columns come as one of structs."""
         raise NotImplementedError
 
-    def encoding(self) -> list[int]:
-        """The numbers that the tokens of a row depend on."""
+    def encoding(self) -> Sequence[int | str]:
+        """What the tokens of a row depend on, besides its content."""
         raise NotImplementedError
+
+    def columns(self, table: sources.Table) -> list[str]:
+        """The columns of a table that hold its content."""
+        return [sources.checked_column(table, self.content_columns)]
 
     def load(self) -> Prepared:
         """Tokens from the cache, or else from the files or the hub.
@@ -82,8 +88,8 @@ class FileDataModule(SequenceDataModule):
         """
         if self.path is None:
             return self.load_cached(
-                ["hub", self.hub_id],
-                lambda: sources.hub_tables(str(self.hub_id), self.cache_dir, self.dataset_name),
+                ["hub", self.hub_id, *([self.hub_config] if self.hub_config else [])],
+                lambda: sources.hub_tables(str(self.hub_id), self.cache_dir, self.dataset_name, self.hub_config),
             )
         found = sources.find_parquet(sources.existing_path(self.path, self.dataset_name))
         return self.load_cached(
@@ -102,8 +108,7 @@ class FileDataModule(SequenceDataModule):
         for split, table in tables.items():
             check_rows(self.dataset_name, split, table.name, table.num_rows)
         columns = {
-            split: (sources.checked_column(table, self.content_columns), sources.checked_column(table, ["label"]))
-            for split, table in tables.items()
+            split: [*self.columns(table), sources.checked_column(table, ["label"])] for split, table in tables.items()
         }
         splits = {}
         rows = sum(table.num_rows for table in tables.values())
@@ -114,14 +119,16 @@ class FileDataModule(SequenceDataModule):
                 contents = self._contents(table, columns[split], labels, lambda n: progress.advance(bar, n))
                 splits[split] = self.encode(contents, table)
                 splits[split]["labels"] = torch.tensor(labels, dtype=torch.int64)
-        return Prepared(splits, tables["train"].class_names.get(columns["train"][1], []))
+        return Prepared(splits, tables["train"].class_names.get(columns["train"][-1], []))
 
     def _contents(
-        self, table: sources.Table, columns: tuple[str, str], labels: list[int], advance: Callable[[int], None]
+        self, table: sources.Table, columns: list[str], labels: list[int], advance: Callable[[int], None]
     ) -> Iterator[pa.Array]:
-        """The content of the rows; their checked labels are appended to ``labels`` on the way."""
-        for rows in table.read(list(columns)):
-            labels += sources.checked_labels(rows.column(columns[1]), self.num_classes, table)
-            content = rows.column(columns[0])
-            yield content.combine_chunks() if isinstance(content, pa.ChunkedArray) else content
+        """The content of the rows; their checked labels, the last column, are appended to ``labels`` on the way."""
+        *names, label = columns
+        for rows in table.read(columns):
+            labels += sources.checked_labels(rows.column(label), self.num_classes, table)
+            found = (rows.column(name) for name in names)
+            content = [each.combine_chunks() if isinstance(each, pa.ChunkedArray) else each for each in found]
+            yield content[0] if len(content) == 1 else pa.StructArray.from_arrays(content, names=names)
             advance(rows.num_rows)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 Batch = dict[str, Tensor]
+Transform = Callable[[Batch, np.random.Generator], Batch]
 
 
 class _Batches(DistributedSampler):
@@ -88,6 +89,8 @@ class TrainLoader(DataLoader):
         batches: the order.
         completed: returns ``(training batches completed so far, batches an epoch)`` of the trainer at work, or None.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
+        transform: changes a batch at random. The generator that it is given depends on seed, epoch, number of the
+            batch and rank alone, so that a resumed run draws what the whole run would have drawn.
     """
 
     def __init__(
@@ -97,9 +100,11 @@ class TrainLoader(DataLoader):
         *,
         completed: Callable[[], tuple[int, int] | None] = lambda: None,
         num_workers: int = 0,
+        transform: Transform | None = None,
     ) -> None:
         super().__init__(dataset, sampler=batches, **_options(num_workers))
         self.batches = batches
+        self.transform = transform
         self.completed = completed
         self.epoch = 0
         self.handed_out = 0  # batches of this epoch that the training loop has received; prefetched ones do not count
@@ -117,6 +122,9 @@ class TrainLoader(DataLoader):
         # that an epoch and asks for another pass: the pass that ends early here brings both back into step.
         for batch in islice(iterator, stop - self.handed_out):
             self.handed_out += 1
+            if self.transform is not None:
+                seed = (self.batches.seed, self.epoch, self.handed_out, self.batches.rank)
+                batch = self.transform(batch, np.random.default_rng(seed))
             yield batch
 
     def state_dict(self) -> dict[str, int]:

@@ -1,24 +1,28 @@
-"""Floor 3, data: pictures as gray pixels."""
+"""Floor 3, data: pictures as gray pixels, and as pretrained models take them."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sat.data.base import check_at_least
 from sat.data.files import FileDataModule
-from sat.data.loading import Batch
-from sat.data.sources import Table
+from sat.data.loading import Batch, Transform
+from sat.data.sources import Table, from_folder_or_hub
 
 
 class Pixels(Dataset[Batch]):
@@ -57,6 +61,7 @@ class ImageDataModule(FileDataModule):
     vocab_size = 256
     has_padding = False
     content_columns: Sequence[str] = ("img", "image")
+    mode: Literal["L", "RGB"] = "L"  # Pillow's names
 
     def __init__(
         self,
@@ -89,13 +94,14 @@ class ImageDataModule(FileDataModule):
         """Some rows of a split, as a map from a list of positions to a batch."""
         return Pixels(tensors, rows)
 
-    def encoding(self) -> list[int]:
-        """The tokens of a picture depend on its size."""
-        return [self.image_size]
+    def encoding(self) -> Sequence[int | str]:
+        """The pixels of a picture depend on its size and on whether it is gray."""
+        return [self.image_size] if self.mode == "L" else [self.image_size, self.mode]
 
     def encode(self, rows: Iterator[pa.Array], table: Table) -> dict[str, Tensor]:
-        """Every picture as a row of uint8 ``[n, L]``."""
-        pixels = np.empty((table.num_rows, self.seq_len), dtype=np.uint8)
+        """Every picture as a row of uint8: ``[n, L]``, in colour ``[n, 3 * L]``, three values a pixel."""
+        pixels = np.empty((table.num_rows, self.image_size**2 * len(self.mode)), dtype=np.uint8)
+        decode = partial(decode_pixels, size=self.image_size, mode=self.mode)
         done = 0
         # Pillow decodes outside the interpreter's lock, so threads do.
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -107,14 +113,187 @@ class ImageDataModule(FileDataModule):
                     )
                 encoded = column.field("bytes").to_pylist()
                 names = [f"the picture in row {done + i} of {table.name}" for i in range(len(encoded))]
-                for picture in threads.map(partial(gray_pixels, size=self.image_size), encoded, names):
+                for picture in threads.map(decode, encoded, names):
                     pixels[done] = picture
                     done += 1
         return {"pixels": torch.from_numpy(pixels)}
 
 
-def gray_pixels(encoded: bytes | str | None, name: str, size: int) -> np.ndarray:
-    """A picture, given as the bytes of a file or its path, as ``[size * size]`` gray values, uint8.
+class ColorPictures(Dataset[Batch]):
+    """Rows of a uint8 tensor ``[n, 3 * L]``; indexed by a list of positions, it gives a pretrained model's batch."""
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        rows: Tensor,
+        stored: int,
+        size: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.pixels, self.labels, self.rows = tensors["pixels"].numpy(), tensors["labels"].numpy(), rows.numpy()
+        self.stored, self.size = stored, size
+        self.mean, self.std = (np.array(each, np.float32)[:, None, None] for each in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        """``pixel_values`` float32 ``[B, 3, height, width]``, normalised; and labels."""
+        rows = self.rows[positions]
+        pixels = self.pixels[rows].reshape(len(rows), self.stored, self.stored, 3).transpose(0, 3, 1, 2)
+        values = torch.from_numpy((pixels.astype(np.float32) / 255 - self.mean) / self.std)
+        if self.size != (self.stored, self.stored):
+            # Here and not in the cache, which stays small and fits every model.
+            values = F.interpolate(values, self.size, mode="bilinear", antialias=True)
+        return {"pixel_values": values, "labels": torch.from_numpy(self.labels[rows])}
+
+
+class ColorImageDataModule(ImageDataModule):
+    """Pictures in colour, as a pretrained vision model takes them.
+
+    A batch is a dict of ``pixel_values`` float32 ``[B, 3, height, width]``, normalised by the mean and the standard
+    deviation of the model's image processor (its ``preprocessor_config.json``) and, where that wants another size than
+    the stored one, resized bilinearly; and ``labels`` int64 ``[B]``.
+
+    Args:
+        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
+            parquet file; the hub when not given.
+        cache_dir: folder for the prepared pixels; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
+        processor: folder or hub name of the model whose image processor says mean, standard deviation and size; that of
+            model.pretrained when not given.
+        image_size: edge in pixels to which the pictures are resized; that of the image processor when not given.
+        augment: change the training pictures at random: flipped from left to right half of the time, and shifted by up
+            to an eighth of their size in any direction.
+        batch_size: samples in a training batch, per process. Incomplete training batches are left out.
+        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
+        num_workers: processes that prepare batches.
+        seed: decides the order of the training samples, together with the epoch, and how they are changed.
+        train_samples: train on so many samples only, chosen at random; all when not given.
+        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+
+    Raises:
+        ValueError: an argument is out of range, no processor is given, or its file cannot be read.
+        ConnectionError: the hub does not give the processor.
+    """
+
+    mode = "RGB"
+    inputs = "pictures"
+    stored_size: int
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        cache_dir: str | None = None,
+        processor: str | None = None,
+        image_size: int | None = None,
+        augment: bool = False,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_samples: int | None = None,
+        eval_samples: int | None = None,
+    ) -> None:
+        super().__init__(
+            path=path,
+            cache_dir=cache_dir,
+            image_size=self.stored_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_samples=train_samples,
+            eval_samples=eval_samples,
+        )
+        check_at_least("image_size", image_size, 1)
+        if processor is None:
+            raise ValueError(
+                f"{self.dataset_name} in colour needs the image processor of a model; set model.pretrained or "
+                f"--data.processor to a hub name or a folder that holds preprocessor_config.json"
+            )
+        self.mean, self.std, size = read_processor(processor)
+        self.picture_size = size if image_size is None else (image_size, image_size)
+        self.augment = augment
+
+    def size(self) -> str:
+        """How large a sample is, for people."""
+        return f"{self.picture_size[0]} x {self.picture_size[1]} pixels"
+
+    def dataset(self, tensors: dict[str, Tensor], rows: Tensor) -> ColorPictures:  # type: ignore[override]
+        """Some rows of a split, as a map from a list of positions to a batch."""
+        return ColorPictures(tensors, rows, self.image_size, self.picture_size, self.mean, self.std)
+
+    def transform(self) -> Transform | None:
+        """The random changes, if they are asked for."""
+        return flip_and_shift if self.augment else None
+
+
+def flip_and_shift(batch: Batch, generator: np.random.Generator) -> Batch:
+    """Every picture flipped with probability 1/2 and shifted by up to an eighth; what moves in is of the mean colour.
+
+    Source: Krizhevsky's CIFAR-10 networks, and He et al. 2016, section 4.2.
+    """
+    pictures = batch["pixel_values"]
+    count, _, height, width = pictures.shape
+    flips = torch.from_numpy(generator.integers(0, 2, count).astype(bool))
+    pictures = torch.where(flips[:, None, None, None], pictures.flip(-1), pictures)
+    up, left = (generator.integers(0, 2 * (side // 8) + 1, count) for side in (height, width))
+    padded = F.pad(pictures, (width // 8, width // 8, height // 8, height // 8))  # 0 is the mean
+    rows, columns = (
+        torch.from_numpy(start)[:, None] + torch.arange(side) for start, side in ((up, height), (left, width))
+    )
+    shifted = padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None]]
+    return {**batch, "pixel_values": shifted.permute(0, 3, 1, 2).contiguous()}
+
+
+def read_processor(name: str) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
+    """Mean, standard deviation (of values from 0 to 1, by colour) and (height, width) of a model's image processor.
+
+    Raises:
+        ValueError: the file cannot be read, or does not say these.
+        ConnectionError: there is no such folder, and the hub does not give the file.
+    """
+    found = from_folder_or_hub(name, partial(_processor_file, name), "preprocessor_config.json", "--data.processor")
+    content: dict[str, Any] = json.loads(found)
+    size = content.get("size", 224)
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))
+    else:
+        size = size, size
+    try:
+        # An image processor need not normalise; values from 0 to 1 are what it gives then.
+        plain = not content.get("do_normalize", True)
+        mean = tuple(float(value) for value in ((0.0, 0.0, 0.0) if plain else content["image_mean"]))
+        std = tuple(float(value) for value in ((1.0, 1.0, 1.0) if plain else content["image_std"]))
+        height, width = (int(side) for side in size)
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or min(height, width) < 1:
+            raise ValueError("three means, three positive deviations and a size are expected")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the preprocessor_config.json of {name} does not say image_mean, image_std and size as an image processor "
+            f"for RGB pictures does ({type(error).__name__}: {error}); give another --data.processor"
+        ) from error
+    return mean, std, (height, width)
+
+
+def _processor_file(name: str, local_files_only: bool) -> str:
+    file = "preprocessor_config.json"
+    if not Path(name).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        found = hf_hub_download(name, file, local_files_only=local_files_only)
+    else:
+        found = str(Path(name) / file)
+    text = Path(found).read_text(encoding="utf-8")
+    if not isinstance(json.loads(text), dict):
+        raise ValueError(f"{file} holds no settings")
+    return text
+
+
+def decode_pixels(encoded: bytes | str | None, name: str, size: int, mode: Literal["L", "RGB"] = "L") -> np.ndarray:
+    """A picture, given as the bytes of a file or its path, as ``[size * size * colours]`` values, uint8.
 
     Raises:
         ValueError: there is no picture, or Pillow cannot decode it.
@@ -125,10 +304,10 @@ def gray_pixels(encoded: bytes | str | None, name: str, size: int) -> np.ndarray
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
             # A JPEG far larger than needed is decoded at a fraction of its size, which is several times faster.
             if min(image.size) >= 8 * size:
-                image.draft("L", (4 * size, 4 * size))
-            gray = image.convert("L")
+                image.draft(mode, (4 * size, 4 * size))
+            picture = image.convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be decoded ({error}); replace it or leave it out") from error
-    if gray.size != (size, size):
-        gray = gray.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(gray, dtype=np.uint8).reshape(-1)
+    if picture.size != (size, size):
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(picture, dtype=np.uint8).reshape(-1)

@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
     import datasets
+
+Loaded = TypeVar("Loaded")
 
 SPLIT_PREFIXES = {"train": "train", "validation": "val", "test": "test"}
 
@@ -112,8 +114,10 @@ def parquet_table(files: Sequence[Path]) -> Table:
     )
 
 
-def hub_tables(hub_id: str, cache_dir: Path, dataset: str) -> dict[str, Table]:
+def hub_tables(hub_id: str, cache_dir: Path, dataset: str, config: str | None = None) -> dict[str, Table]:
     """Every split of a data set on the Hugging Face hub; ``datasets`` keeps its files below ``cache_dir``.
+
+    ``config`` is the name of one of several data sets that share the id.
 
     Raises:
         ConnectionError: the hub cannot be reached and has not been downloaded before.
@@ -129,10 +133,42 @@ def hub_tables(hub_id: str, cache_dir: Path, dataset: str) -> dict[str, Table]:
         if not (hub_cache / hub_id.replace("/", "___")).exists():
             raise _unreachable(hub_id, dataset, error) from error
     try:
-        splits = datasets.load_dataset(hub_id, cache_dir=str(hub_cache))
+        splits = datasets.load_dataset(hub_id, config, cache_dir=str(hub_cache))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreachable(hub_id, dataset, error) from error
     return {split: _hub_table(f"{hub_id} ({name})", rows) for name, rows in splits.items() if (split := split_of(name))}
+
+
+def from_folder_or_hub(name: str, load: Callable[[bool], Loaded], what: str, option: str) -> Loaded:
+    """What ``load(local_files_only)`` makes of the folder ``name``, or of the files that the hub has under that name.
+
+    Raises:
+        ValueError: the folder holds no such thing.
+        ConnectionError: there is no such folder, and the hub does not give it and has not given it before.
+    """
+    from huggingface_hub import HfApi
+
+    refusal: Exception | None = None
+    is_folder = Path(name).is_dir()
+    if not is_folder:
+        try:
+            # One request without retries: the loaders alone would try for half a minute.
+            HfApi().model_info(name, timeout=10)
+        except Exception as error:  # the kind depends on the version of the library and on its HTTP client
+            refusal = error
+    try:
+        return load(is_folder or refusal is not None)
+    except Exception as error:  # tokenizers raises nothing more special
+        if is_folder:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"the folder {name} holds no {what} that can be read ({reason}); correct {option}"
+            ) from error
+        reason = f"{type(refusal or error).__name__}: {refusal or error}".splitlines()[0]
+        raise ConnectionError(
+            f"{name!r} is no folder, and the hub gives no {what} of that name ({reason}); correct {option}, or connect "
+            f"to the internet"
+        ) from error
 
 
 def checked_column(table: Table, candidates: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -95,7 +95,7 @@ class TextDataModule(FileDataModule):
         """Some rows of a split, as a map from a list of positions to a batch."""
         return Characters(tensors, rows, self.seq_len)
 
-    def encoding(self) -> list[int]:
+    def encoding(self) -> Sequence[int | str]:
         """The tokens of a text depend on where it is cut."""
         return [self.seq_len]
 

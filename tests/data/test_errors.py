@@ -15,6 +15,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from sat.data import CIFAR10, DATASETS, AGNews, Digits, INaturalist, SequenceDataModule, YelpPolarity
+from sat.data.sources import from_folder_or_hub
 
 PAIRS = [("good", 1), ("bad", 0)] * 10
 GRAY = np.zeros((4, 4), np.uint8)
@@ -135,6 +136,22 @@ def test_the_hub_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         AGNews(cache_dir=str(tmp_path)).prepare_data()
 
 
+def test_the_hub_is_asked_once_and_what_it_gave_before_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def load(name: str) -> bool:
+        return from_folder_or_hub(name, lambda only_local: only_local, "tokenizer", "--data.tokenizer")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, **_: asked.append(name))
+    assert load("some/model") is False
+    assert load(str(tmp_path)) is True
+    assert asked == ["some/model"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", None)
+    assert load("some/model") is True
+
+
 def test_rows_from_the_hub_are_those_of_the_same_files(
     text_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
@@ -229,8 +246,11 @@ def test_every_argument_is_explained_on_the_command_line(name: str):
     common = {"batch_size", "eval_batch_size", "num_workers", "seed", "train_samples", "eval_samples"}
     assert common <= options
     assert ({"path", "cache_dir"} <= options) == (name != "digits")
-    assert ({"seq_len"} <= options) == (name in ("ag_news", "yelp"))
-    assert ({"image_size"} <= options) == (name not in ("ag_news", "yelp"))
+    assert ({"seq_len"} <= options) == (name in ("ag_news", "yelp", "mrpc", "imdb"))
+    assert ({"image_size"} <= options) == ("seq_len" not in options)
+    assert ({"tokenizer"} <= options) == (name in ("mrpc", "imdb"))
+    assert ({"processor", "augment"} <= options) == (name == "cifar10_rgb")
     assert ("must be given when there are not 14" in text) == (name == "inaturalist")
     for option in options:
-        assert re.search(rf"--data\.{option} {option.upper()} \w", text), f"{option} has no explanation"
+        value = option.upper() if option != "augment" else "{true,false}"
+        assert re.search(rf"--data\.{option} {value} \w", text), f"{option} has no explanation"

@@ -157,3 +157,23 @@ def test_held_out_samples_are_a_tenth_of_each_class_whatever_the_seed():
     assert {name: len(part) for name, part in few.items()} == {"test": 7, "validation": 7, "train": 50}
     for name, part in few.items():
         assert set(part.tolist()) < set(rows[name].tolist())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_random_changes_depend_on_seed_epoch_batch_and_rank_alone(workers: int):
+    def drawn(passes: int = 2, state: dict[str, int] | None = None, **options: int) -> list[float]:
+        train = loader(workers=workers, **options)
+        train.transform = lambda batch, generator: {**batch, "drawn": torch.tensor(generator.random())}
+        if state:
+            train.load_state_dict(state)
+        return [float(batch["drawn"]) for _ in range(passes) for batch in train]
+
+    before = torch.get_rng_state()
+    whole = drawn()
+    assert whole == drawn()
+    assert torch.equal(torch.get_rng_state(), before)
+    others = [*drawn(seed=4), *drawn(world_size=2, rank=1)]
+    assert len({*whole, *others}) == len(whole) + len(others)
+    state = {**loader().state_dict(), "epoch": 0, "batches": 3}
+    assert drawn(state=state) == whole[3:]

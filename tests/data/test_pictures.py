@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sat.data import CIFAR10, Digits, INaturalist
+from sat.data import CIFAR10, CIFAR10RGB, Digits, INaturalist
+from sat.data.pictures import flip_and_shift, read_processor
 
 from .conftest import png
 
@@ -217,3 +218,117 @@ def test_many_classes_from_real_parquet(shared: Callable[[str], str], tmp_path: 
     data.setup()
     assert data.num_classes == len(data.class_names) == 200
     assert {name: len(rows) for name, (_, rows) in data._rows.items()} == {"train": 360, "validation": 40, "test": 400}
+
+
+PROCESSOR = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.5], "size": {"height": 32, "width": 32}}
+
+
+class TestColour:
+    @pytest.fixture
+    def processor(self, tmp_path: Path) -> Callable[..., str]:
+        def write(**settings: object) -> str:
+            folder = tmp_path / "processor"
+            folder.mkdir(exist_ok=True)
+            (folder / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **settings}))
+            return str(folder)
+
+        return write
+
+    def test_pictures_as_a_pretrained_model_takes_them(self, picture_folder, processor):
+        colour, gray = RNG.integers(0, 256, (32, 32, 3), np.uint8), RNG.integers(0, 256, (48, 40), np.uint8)
+        folder = picture_folder(train=[(gray, i % 10) for i in range(20)], test=[(colour, 3), (gray, 9)])
+        options = {"path": str(folder), "cache_dir": str(folder / "cache"), "batch_size": 2}
+        data = CIFAR10RGB(processor=processor(), **options)
+        data.setup()
+        assert (data.num_classes, data.size(), data.metric) == (10, "32 x 32 pixels", "acc")
+        (batch,) = data.test_dataloader()
+        assert set(batch) == {"pixel_values", "labels"}
+        assert batch["labels"].tolist() == [3, 9]
+        values = batch["pixel_values"]
+        assert (values.dtype, values.shape) == (torch.float32, (2, 3, 32, 32))
+        resized = np.asarray(Image.fromarray(gray).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR))
+        for got, picture in zip(values.double(), (colour, resized), strict=True):
+            expected = (picture.astype(np.float64) / 255 - PROCESSOR["image_mean"]) / PROCESSOR["image_std"]
+            assert np.abs(got.numpy() - expected.transpose(2, 0, 1)).max() < 1e-5
+        # The same samples make up the splits of both kinds.
+        ids = CIFAR10(**options)
+        ids.setup()
+        assert all(ids._rows[name][1].equal(data._rows[name][1]) for name in ids._rows)
+
+    def test_the_size_is_that_of_the_model_and_the_cache_fits_all(self, picture_folder, processor, monkeypatch):
+        colour = RNG.integers(0, 256, (32, 32, 3), np.uint8)
+        folder = picture_folder(train=[(colour, 0)] * 12)
+        options = {"path": str(folder), "cache_dir": str(folder / "cache"), "batch_size": 2}
+        CIFAR10RGB(processor=processor(), **options).prepare_data()
+        monkeypatch.setattr(CIFAR10RGB, "encode", None)  # would fail
+        larger = CIFAR10RGB(processor=processor(size={"height": 40, "width": 64}, do_normalize=False), **options)
+        assert larger.size() == "40 x 64 pixels"
+        larger.setup()
+        values = next(iter(larger.test_dataloader()))["pixel_values"]
+        expected = np.asarray(Image.fromarray(colour).resize((64, 40), Image.Resampling.BILINEAR)) / 255
+        assert (
+            np.abs(values[0].numpy().transpose(1, 2, 0) - expected).max() < 1.1 / 255
+        )  # Pillow rounds after each direction
+        asked = CIFAR10RGB(processor=processor(size=224), image_size=48, **options)
+        assert asked.size() == "48 x 48 pixels"
+        assert read_processor(processor(size=224))[2] == (224, 224)
+        assert read_processor(processor(size={"shortest_edge": 96}))[2] == (96, 96)
+
+    def test_flipped_and_shifted(self):
+        pictures = torch.arange(1.0, 1 + 200 * 3 * 16 * 24).view(200, 3, 16, 24)
+        batch = {"pixel_values": pictures, "labels": torch.arange(200)}
+        got = flip_and_shift(batch, np.random.default_rng(0))
+        assert got["labels"] is batch["labels"]
+        seen = set()
+        for before, after in zip(pictures, got["pixel_values"], strict=True):
+            for flip in (False, True):
+                source = torch.nn.functional.pad(before.flip(-1) if flip else before, (3, 3, 2, 2))
+                for up in range(5):
+                    for left in range(7):
+                        if source[:, up : up + 16, left : left + 24].equal(after):
+                            seen.add((flip, up, left))
+                            break
+        assert len(seen) > 60  # of 70
+        again = flip_and_shift(batch, np.random.default_rng(0))["pixel_values"]
+        assert again.equal(got["pixel_values"])
+
+    def test_only_training_pictures_are_changed_and_each_epoch_otherwise(self, picture_folder, processor):
+        rows = [(RNG.integers(0, 256, (32, 32, 3), np.uint8), i % 10) for i in range(20)]
+        folder = picture_folder(train=rows, test=rows[:4])
+        options = {"path": str(folder), "cache_dir": str(folder / "cache"), "batch_size": 18, "processor": processor()}
+        plain, changed = CIFAR10RGB(**options), CIFAR10RGB(**options, augment=True)
+        for data in (plain, changed):
+            data.setup()
+        assert next(iter(plain.test_dataloader()))["pixel_values"].equal(
+            next(iter(changed.test_dataloader()))["pixel_values"]
+        )
+        loader = changed.train_dataloader()
+        first, second = next(iter(loader)), next(iter(loader))
+        original = next(iter(plain.train_dataloader()))
+        assert first["labels"].equal(original["labels"])
+        assert not first["pixel_values"].equal(original["pixel_values"])
+        order = [batch["labels"].argsort(stable=True) for batch in (first, second)]
+        assert not first["pixel_values"][order[0]].equal(second["pixel_values"][order[1]])
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "holds no preprocessor_config.json that can be read"),
+            ("{", "holds no preprocessor_config.json that can be read"),
+            ("[]", "holds no preprocessor_config.json that can be read"),
+            ('{"size": 32}', "does not say image_mean, image_std and size .* (KeyError: 'image_mean')"),
+            ('{"image_mean": [0], "image_std": [1], "size": 32}', "three means, three positive deviations"),
+            ('{"do_normalize": false, "size": {"longest": 3}}', "does not say image_mean, image_std and size"),
+        ],
+    )
+    def test_what_is_no_image_processor(self, tmp_path, content, message):
+        if content is not None:
+            (tmp_path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(ValueError, match=message.replace("(K", r"\(K").replace("n')", r"n'\)")):
+            CIFAR10RGB(processor=str(tmp_path))
+
+    def test_without_one(self):
+        with pytest.raises(ValueError, match=r"needs the image processor of a model; set model\.pretrained or"):
+            CIFAR10RGB()
+        with pytest.raises(ConnectionError, match=r"'nowhere' is no folder, and the hub gives no preprocessor_config"):
+            CIFAR10RGB(processor="nowhere")

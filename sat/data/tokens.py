@@ -1,0 +1,201 @@
+"""Floor 3, data: texts as the tokens of a pretrained model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sat.data.base import check_at_least
+from sat.data.files import FileDataModule
+from sat.data.loading import Batch
+from sat.data.sources import Table, checked_column, from_folder_or_hub
+
+
+class Tokens(Dataset[Batch]):
+    """Rows of a flat buffer of token ids; indexed by a list of positions, it gives a padded batch."""
+
+    def __init__(self, tensors: dict[str, Tensor], rows: Tensor, seq_len: int, pad_id: int) -> None:
+        self.ids, self.offsets, self.labels = (tensors[name].numpy() for name in ("ids", "offsets", "labels"))
+        self.types = tensors["types"].numpy() if "types" in tensors else None
+        self.rows, self.seq_len, self.pad_id = rows.numpy(), seq_len, pad_id
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        """``input_ids`` int64 ``[B, L]``, ``attention_mask`` bool, perhaps ``token_type_ids`` int64; and labels."""
+        rows = self.rows[positions]
+        begin, end = self.offsets[rows], self.offsets[rows + 1]
+        mask = np.arange(self.seq_len) < (end - begin)[:, None]
+        chosen = np.concatenate([np.arange(first, last) for first, last in zip(begin, end, strict=True)])
+        ids = np.full(mask.shape, self.pad_id, np.int64)
+        ids[mask] = self.ids[chosen]
+        batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if self.types is not None:
+            types = np.zeros(mask.shape, np.int64)
+            types[mask] = self.types[chosen]
+            batch["token_type_ids"] = torch.from_numpy(types)
+        return {**batch, "labels": torch.from_numpy(self.labels[rows])}
+
+
+class TokenizedTextDataModule(FileDataModule):
+    """Texts or pairs of texts, tokenized as a pretrained model expects it, cut and padded to ``seq_len``.
+
+    Every batch has the full length, in both phases and with every ``attention``: statistics and layouts are on one
+    grid, and times can be compared. The sparse phase leaves out blocks that hold nothing but padding.
+
+    Args:
+        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
+            parquet file; the hub when not given.
+        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
+        tokenizer: folder or hub name of the tokenizer; that of model.pretrained when not given.
+        seq_len: tokens in a sequence, special tokens included: longer texts are cut, shorter ones padded.
+        batch_size: samples in a training batch, per process. Incomplete training batches are left out.
+        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
+        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
+        seed: decides the order of the training samples, together with the epoch.
+        train_samples: train on so many samples only, chosen at random; all when not given.
+        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+
+    Raises:
+        ValueError: an argument is out of range, or there is no tokenizer that can be read.
+        ConnectionError: the hub does not give the tokenizer.
+        ImportError: transformers is missing.
+    """
+
+    inputs = "text"
+    has_padding = True
+    text_columns: tuple[str, ...]  # one, or two for pairs
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        cache_dir: str | None = None,
+        tokenizer: str | None = None,
+        seq_len: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_samples: int | None = None,
+        eval_samples: int | None = None,
+    ) -> None:
+        super().__init__(
+            path=path,
+            cache_dir=cache_dir,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_samples=train_samples,
+            eval_samples=eval_samples,
+        )
+        if tokenizer is None:
+            raise ValueError(
+                f"{self.dataset_name} needs the tokenizer of a model; set model.pretrained or --data.tokenizer to a "
+                f"hub name or a folder"
+            )
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.vocab_size = len(self.tokenizer)
+        special = self.tokenizer.num_special_tokens_to_add(pair=len(self.text_columns) == 2)
+        check_at_least("seq_len", seq_len, special + len(self.text_columns))
+        self.seq_len = seq_len
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"the tokenizer {tokenizer} has no token for padding; set its pad_token, save it to a folder and give "
+                f"that as --data.tokenizer"
+            )
+
+    def dataset(self, tensors: dict[str, Tensor], rows: Tensor) -> Tokens:
+        """Some rows of a split, as a map from a list of positions to a batch."""
+        return Tokens(tensors, rows, self.seq_len, self.tokenizer.pad_token_id)
+
+    def columns(self, table: Table) -> list[str]:
+        """One column of texts, or two of pairs."""
+        return [checked_column(table, [name]) for name in self.text_columns]
+
+    def encoding(self) -> Sequence[int | str]:
+        """The tokens of a text depend on where it is cut and on all that the tokenizer's files say."""
+        return [self.seq_len, tokenizer_digest(self.tokenizer)]
+
+    def encode(self, rows: Iterator[pa.Array], table: Table) -> dict[str, Tensor]:
+        """All ids in one int32 buffer, int64 ``offsets [n + 1]`` of where each text begins, uint8 types if any."""
+        ids: list[np.ndarray] = []
+        types: list[np.ndarray] = []
+        lengths: list[int] = []
+        for column in rows:
+            texts = column.flatten() if pa.types.is_struct(column.type) else [column]
+            for each, name in zip(texts, self.text_columns, strict=True):
+                if not (pa.types.is_string(each.type) or pa.types.is_large_string(each.type)):
+                    raise ValueError(
+                        f"the column {name} of {table.name} is of the type {each.type}; write its texts as strings"
+                    )
+                if each.null_count:
+                    row = len(lengths) + each.is_null().to_pylist().index(True)
+                    raise ValueError(f"row {row} of {table.name} has no {name}; leave such rows out")
+            encoded = self.tokenizer(
+                *(each.to_pylist() for each in texts),
+                truncation=True,
+                max_length=self.seq_len,
+                return_attention_mask=False,
+            )
+            # A sample must have a token to attend to, also where the tokenizer adds none of its own.
+            of_rows = [row or [self.tokenizer.pad_token_id] for row in encoded["input_ids"]]
+            lengths += map(len, of_rows)
+            ids += [np.array(row, np.int32) for row in of_rows]
+            types += [np.array(row or [0], np.uint8) for row in encoded.get("token_type_ids", [])]
+        offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+        tensors = {"ids": torch.from_numpy(np.concatenate(ids)), "offsets": offsets}
+        if types:
+            tensors["types"] = torch.from_numpy(np.concatenate(types))
+        return tensors
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or of a model on the hub; no code of theirs is run.
+
+    Raises:
+        ValueError: the folder holds no tokenizer that can be read.
+        ConnectionError: there is no such folder, and the hub does not give it.
+        ImportError: transformers is missing.
+    """
+    try:
+        from transformers import AutoTokenizer  # here, since it takes seconds and is an extra
+    except ImportError as error:
+        raise ImportError(
+            "tokenizers of pretrained models need transformers, which is not installed; install it with "
+            "pip install 'sat-sparse-attention[transformers]'"
+        ) from error
+    return from_folder_or_hub(
+        name,
+        lambda local: AutoTokenizer.from_pretrained(name, local_files_only=local),
+        "tokenizer",
+        "--data.tokenizer or --model.pretrained",
+    )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of all that a tokenizer saves of itself: equal for copies of it, wherever they come from."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            content = file.read_bytes()
+            if file.name == "tokenizer_config.json":
+                settings = json.loads(content)
+                for origin in ("is_local", "local_files_only", "name_or_path"):
+                    settings.pop(origin, None)
+                content = json.dumps(settings, sort_keys=True).encode()
+            digest.update(f"{file.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:20]
