@@ -63,6 +63,8 @@ class BilinearMask(nn.Module):
 class DirectMask(nn.Module):
     """One logit a block, ``[G, M, N]``: fits anything, and so amounts to a running mean of the pooled attention.
 
+    It starts at the first observation.
+
     Args:
         num_layouts: ``G``, the number of heads, or 1 when they share one layout.
         grid: ``(M, N)``, block rows and columns.
@@ -140,6 +142,9 @@ class MaskLearner:
             target = pooled.detach().to("cpu", torch.float32, copy=True) * key_length
             if self.mask().shape[0] == 1:
                 target = target.mean(0, keepdim=True)
+            if isinstance(self.mask, DirectMask) and not self.optimizer.state:
+                # Steps of the size of the learning rate would take a hundred to get to where the first observation is.
+                self.mask.logits.data.copy_(target)
             for _ in range(steps):
                 self.optimizer.zero_grad(set_to_none=True)
                 # The sum instead of the mean: Adam ignores the factor M * N, except for its epsilon, which should stay

@@ -12,9 +12,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from sat.integrations.transformers import load_layouts, prepare  # noqa: E402
-
 from sat.integrations.trainer import STATE_FILE, SparsityCallback  # noqa: E402
+from sat.integrations.transformers import load_layouts, prepare  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*pin_memory.*:UserWarning", "ignore:.*no accelerator is found.*:UserWarning"

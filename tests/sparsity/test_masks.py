@@ -83,12 +83,28 @@ def test_the_start_depends_on_the_generator_alone():
     assert not torch.equal(first, make_mask("bilinear", (5, 5), generator=seeded(8))())
 
 
+def test_a_direct_mask_starts_at_the_first_observation():
+    learner = MaskLearner(make_mask("direct", (2, 2), generator=seeded()), lr=0.25)
+    # Targets of the mean head, in units of uniform attention over 4 keys.
+    learner.fit(torch.tensor([[[0.5, 0.0], [0.25, 0.25]], [[0.5, 0.0], [0.25, 0.0]]]), 4, 3)
+    torch.testing.assert_close(learner.scores(), torch.tensor([[[2.0, 0.0], [1.0, 0.5]]]))
+    learner.fit(torch.tensor([[[0.5, 0.5], [0.0, 0.0]]] * 2), 4, 1)
+    moved = learner.scores()
+    assert moved[0, 0, 0] == 2
+    assert 0 < moved[0, 0, 1] < 2
+    assert 0 < moved[0, 1, 0] < 1
+
+
 def test_one_adam_step_by_hand():
     # The first step of Adam has the length of the learning rate, towards the target.
-    learner = MaskLearner(make_mask("direct", (2, 2), generator=seeded()), lr=0.25)
-    learner.fit(torch.tensor([[[0.5, 0.0], [0.25, 0.25]], [[0.5, 0.0], [0.25, 0.0]]]), 4, 1)
-    expected = torch.tensor([[[1.25, 0.75], [1.0, 0.75]]])  # targets of the mean head: 2, 0, 1 (no gradient), 0.5
-    torch.testing.assert_close(learner.scores(), expected)
+    mask = make_mask("bilinear", (2, 2), rank=1, generator=seeded())
+    with torch.no_grad():
+        mask.rows.copy_(torch.tensor([[[1.0], [2.0]]]))
+        mask.columns.copy_(torch.tensor([[[1.0], [1.0]]]))
+    learner = MaskLearner(mask, lr=0.25)
+    learner.fit(torch.tensor([[[0.5, 0.5], [0.25, 0.25]]]), 4, 1)  # targets 2, 2, 1, 1 of scores 1, 1, 2, 2
+    # The first row is too small, the second too large; the columns' gradients are 2 (-1 + 2) each.
+    torch.testing.assert_close(learner.scores(), torch.tensor([[[1.25], [1.75]]]) @ torch.tensor([[[0.75, 0.75]]]))
 
 
 @pytest.mark.parametrize(
