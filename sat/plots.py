@@ -182,7 +182,8 @@ def plot_statistics(
     _head(
         figure,
         title or "When to leave the dense phase",
-        "shaded = criterion met; a layer may switch when it is met in both panels",
+        "shaded = criterion met; a layer may switch when it is met"
+        + (" in both panels" if theta is not None else ", whatever its skewness"),
     )
     if path is not None:
         with written_whole(path) as temporary:
