@@ -327,6 +327,16 @@ def _make_model(args: Namespace, data: SequenceDataModule) -> SequenceClassifier
 
     if isinstance(data, ColorImageDataModule):
         length, option, seq_len = max(data.picture_size), "image_size", None
+        if min(data.picture_size) != length:
+            raise ValueError(
+                f"the image processor of {model.pretrained} makes pictures of {data.picture_size[0]} x "
+                f"{data.picture_size[1]} pixels, but only square ones are supported here; set --data.image_size"
+            )
+        if (channels := getattr(model.model.config, "num_channels", 3)) != 3:
+            raise ValueError(
+                f"{model.pretrained} takes pictures of {channels} channel{'s' * (channels != 1)}, the data has 3; "
+                f"choose a model for colour pictures"
+            )
         if model.max_length is not None and length < model.max_length:
             raise ValueError(
                 f"{model.pretrained} takes pictures of {model.max_length} pixels, the data gives {length}; set "

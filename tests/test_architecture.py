@@ -85,7 +85,9 @@ def forbidden_code(source: str, file: str) -> list[str]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
             found += [(node.lineno, f"{node.func.id}()")]
         elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            found += [(node.value.lineno, node.arg)]
+            # Said outright, it is False: left out, transformers asks on the terminal.
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                found += [(node.value.lineno, node.arg)]
         elif isinstance(node, ast.keyword) and node.arg == "weights_only":
             if not (isinstance(node.value, ast.Constant) and node.value.value is True):
                 found += [(node.value.lineno, "weights_only other than True")]
@@ -151,6 +153,8 @@ def test_the_import_check_itself(file: str, source: str, allowed: bool) -> None:
         ("torch.load(path, weights_only=False)", False),
         ("torch.load(path, weights_only=flag)", False),
         ("load_dataset(name, trust_remote_code=True)", False),
+        ("load_dataset(name, trust_remote_code=flag)", False),
+        ("AutoConfig.from_pretrained(name, trust_remote_code=False)", True),
         ("torch.load(path, **{'weights_only': False})", False),
     ],
 )

@@ -177,12 +177,19 @@ def load_tokenizer(name: str) -> Any:
             "tokenizers of pretrained models need transformers, which is not installed; install it with "
             "pip install 'sat-sparse-attention[transformers]'"
         ) from error
-    return from_folder_or_hub(
+    tokenizer = from_folder_or_hub(
         name,
-        lambda local: AutoTokenizer.from_pretrained(name, local_files_only=local),
+        lambda local: AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False),
         "tokenizer",
         "--data.tokenizer or --model.pretrained",
     )
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        # transformers makes an empty one where there is a model and no vocabulary.
+        raise ValueError(
+            f"{name} holds no vocabulary, so every word would be unknown; save the tokenizer there too "
+            f"(tokenizer.save_pretrained), or give another as --data.tokenizer"
+        )
+    return tokenizer
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sat import ops
 from sat.attention import AdaptiveAttention
 from sat.files import written_whole
-from sat.integrations.transformers import load_layouts, prepare
+from sat.integrations.transformers import prepare
 from sat.ops import AttentionStatistics
 from sat.sparsity import SparsityPhases, skewness
 
@@ -32,7 +32,7 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
 
     The counterpart of :class:`sat.callback.AdaptiveSparsity` for Hugging Face's ``Trainer``. The model may be any that
     :func:`sat.integrations.transformers.prepare` takes; one that is not prepared yet is prepared at the start. Values
-    that the criterion compares stand in ``state.log_history``, and the phase in each line that the Trainer logs.
+    that the criterion compares stand in ``state.log_history``, and the number of sparse layers in what is printed.
     Checkpoints of the Trainer hold the state; ``resume_from_checkpoint`` goes on with it, and
     ``load_best_model_at_end`` brings the layouts of the best model back, or its dense phase.
 
@@ -61,6 +61,7 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         self.attach(type(model).__name__, attentions)
         if state.global_step > 0:
             self._resume(_checkpoint(args, state))
+            self._check_history(state)
         self.check_phases()
         optimizer = kwargs["optimizer"]
         self.attach_optimizers([getattr(optimizer, "optimizer", optimizer)])  # accelerate's wrapper calls the inner one
@@ -107,9 +108,20 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         """Leave the optimizer as it was; the best model, if it is loaded now, has its own layouts."""
         self.detach_optimizers()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            load_layouts(kwargs["model"], state.best_model_checkpoint)
+            self._resume(Path(state.best_model_checkpoint))
+
+    def _check_history(self, state: TrainerState) -> None:
+        """That the state is of the run whose history the Trainer has read, which may lie in another folder."""
+        theirs = [(line["step"], line["layer0/skewness"]) for line in state.log_history if "layer0/skewness" in line]
+        ours = [(record["step"], record["layers"][0]["skewness"]) for record in self.history]
+        if ours != theirs:
+            raise ValueError(
+                f"the checkpoint that is resumed and the {STATE_FILE} of step {state.global_step} in output_dir belong "
+                f"to different runs; set output_dir to the folder that the checkpoint lies in"
+            )
 
     def _resume(self, folder: Path) -> None:
+        """Take the state and the layouts from a checkpoint."""
         path = folder / STATE_FILE
         if not path.is_file():
             raise ValueError(

@@ -129,7 +129,9 @@ def _load(name: str, num_classes: int, inputs: Inputs, dropout: float | None) ->
             refusal = error
     only_local = local or refusal is not None  # what was downloaded before is still there
     try:
-        config = transformers.AutoConfig.from_pretrained(name, num_labels=num_classes, local_files_only=only_local)
+        config = transformers.AutoConfig.from_pretrained(
+            name, num_labels=num_classes, local_files_only=only_local, trust_remote_code=False
+        )
     except Exception as error:
         raise _unreadable(name, local, refusal or error) from error
     mapping = getattr(transformers, f"MODEL_FOR_{'SEQUENCE' if inputs == 'text' else 'IMAGE'}_CLASSIFICATION_MAPPING")
@@ -150,6 +152,7 @@ def _load(name: str, num_classes: int, inputs: Inputs, dropout: float | None) ->
                 ignore_mismatched_sizes=True,  # a head for other classes
                 dtype=torch.float32,
                 local_files_only=only_local,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
     except Exception as error:  # a damaged file raises whatever its reader raises

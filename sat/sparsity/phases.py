@@ -106,6 +106,8 @@ class SparsityPhases:
             raise ValueError(f"interval must be at least 1 step, got {interval}")
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
+        if keep_first_tokens < 0:
+            raise ValueError(f"keep_first_tokens must be at least 0, got {keep_first_tokens}; 1 keeps the CLS token")
         if not 0 < lr_factor <= 1:
             raise ValueError(f"lr_factor must be above 0 and at most 1, got {lr_factor}")
         self.interval, self.samples, self.lr_factor = interval, samples, lr_factor
@@ -205,6 +207,7 @@ class SparsityPhases:
         It acts for the duration of a step only, so that the optimizer and its scheduler live on unchanged, whatever
         scheduler it is.
         """
+        self.detach_optimizers()  # of a training that was broken off
         for optimizer in optimizers:
             self._hooks.append(optimizer.register_step_pre_hook(self._scale_lr))
             self._hooks.append(optimizer.register_step_post_hook(self._restore_lr))

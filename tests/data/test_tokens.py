@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 from sat.data import IMDB, MRPC, TokenizedTextDataModule
+from sat.data.tokens import load_tokenizer
 
-from .models import WORDS, write_pairs, write_tokenizer
+from .models import WORDS, write_bert, write_pairs, write_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -139,6 +141,22 @@ class TestErrors:
         )
         with pytest.raises(ValueError, match=message):
             MRPC(tokenizer=str(tmp_path))
+
+    def test_a_model_without_its_tokenizer(self, tmp_path: Path):
+        (write_bert(tmp_path) / "vocab.txt").unlink()
+        (tmp_path / "tokenizer_config.json").unlink()
+        with pytest.raises(ValueError, match=r"holds no vocabulary, .* save the tokenizer there too"):
+            load_tokenizer(str(tmp_path))
+
+    def test_code_of_a_folder_is_never_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+        config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": config["auto_map"]}))
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        with pytest.raises(ValueError, match="holds no tokenizer that can be read"):
+            load_tokenizer(str(tmp_path))
+        assert not (tmp_path / "ran").exists()
 
     def test_a_damaged_one(self, tmp_path: Path):
         write_tokenizer(tmp_path)

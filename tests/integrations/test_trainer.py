@@ -163,6 +163,45 @@ def test_the_best_model_comes_back_in_its_own_phase(tmp_path, monkeypatch):
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
     assert callback.layouts == {}, "the best model was dense"
+    assert not callback.all_sparse
+    monkeypatch.setattr(trainer, "evaluate", original)
+    trainer.train()  # goes on from there
+
+
+def test_a_training_that_was_broken_off_leaves_nothing_on_the_optimizer(tmp_path):
+    class Stop(transformers.TrainerCallback):
+        armed = True
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.armed and state.global_step == 8:
+                self.armed = False
+                raise KeyboardInterrupt
+
+    callback = SparsityCallback(**SETTINGS, lr_factor=0.5)
+    trainer = make_trainer(tmp_path, callback, lr_scheduler_type="constant")
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    seen: list[float] = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            inner = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+            inner.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen == [5e-4] * 12  # it was sparse, and is; the factor acts once
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-3}
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    for name, steps in (("one", 6), ("other", 4)):
+        settings = SETTINGS | {"max_dense_steps": steps, "seed": 3}
+        make_trainer(tmp_path / name, SparsityCallback(**settings), seed=steps).train()
+    trainer = make_trainer(tmp_path / "other", SparsityCallback(**SETTINGS))
+    with pytest.raises(ValueError, match="belong to different runs; set output_dir to the folder"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-8"))
 
 
 def test_a_prepared_model_keeps_its_sizes(tmp_path):
