@@ -63,6 +63,8 @@ class AdaptiveAttention(nn.Module):
         self._current: tuple[tuple, BlockLayout] | None = None
         self.observe_samples = 0
         self.statistics: ops.AttentionStatistics | None = None
+        # While it is there, backward passes leave the blocks' sensitivity as its gradient. No parameter, no buffer.
+        self.block_gate: Tensor | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -159,15 +161,17 @@ class AdaptiveAttention(nn.Module):
                 backend=self.backend,
             )
         if key_padding_mask is None:
-            return F.scaled_dot_product_attention(
+            context = F.scaled_dot_product_attention(
                 query, key, value, dropout_p=dropout, is_causal=self.is_causal, scale=scale
             )
+            return self.watch(context, query, key, value, None, scale)
         mask = key_padding_mask[:, None, None, :]
         if self.is_causal:
             mask = mask & torch.ones(query_length, key_length, dtype=torch.bool, device=mask.device).tril()
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
         # PyTorch's kernels disagree on rows without a key (0, NaN or the mean of all values); ours are 0.
-        return context.masked_fill(~mask.any(-1, keepdim=True), 0)
+        context = context.masked_fill(~mask.any(-1, keepdim=True), 0)
+        return self.watch(context, query, key, value, key_padding_mask, scale)
 
     def _layout_for(self, rows: int, columns: int) -> BlockLayout:
         """The part of the layout that a batch needs.
@@ -184,7 +188,7 @@ class AdaptiveAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a copy is to derive from its own buffer does not travel.
-        return super().__getstate__() | {"_current": None}
+        return super().__getstate__() | {"_current": None, "block_gate": None}
 
     def observe(
         self,
@@ -219,6 +223,34 @@ class AdaptiveAttention(nn.Module):
             )
         )
         self.statistics = ops.AttentionStatistics(pooled, statistics.skewness, matrix)
+
+    def watch(
+        self,
+        context: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """``context`` ``[B, H, L, D]`` again; its backward pass leaves the blocks' sensitivity in ``block_gate.grad``.
+
+        Of the first ``observe_samples`` samples, if there is a ``block_gate``; see :func:`sat.ops.watch_blocks`.
+        """
+        if self.block_gate is None or not self.observe_samples or not torch.is_grad_enabled():
+            return context
+        first = slice(self.observe_samples)
+        return ops.watch_blocks(
+            context,
+            self.block_gate,
+            query[first],
+            key[first],
+            value[first],
+            self.block_size,
+            key_padding_mask=None if key_padding_mask is None else key_padding_mask[first],
+            is_causal=self.is_causal,
+            scale=scale,
+        )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -70,7 +70,8 @@ def _mean_over_ranks(trainer: Trainer, statistics: AttentionStatistics) -> Atten
     assert statistics.score_matrix is not None
     pooled, matrix = (_reduce(trainer, x) for x in (statistics.pooled, statistics.score_matrix))
     # Of the mean matrix; the mean of the ranks' skewnesses would be another number.
-    return AttentionStatistics(pooled, skewness(matrix).float(), matrix)
+    sensitivity = None if (x := statistics.sensitivity) is None else _reduce(trainer, x)
+    return AttentionStatistics(pooled, skewness(matrix).float(), matrix, sensitivity)
 
 
 def _reduce(trainer: Trainer, x: Tensor) -> Tensor:

@@ -225,7 +225,8 @@ class Run:
                 f"interval of at least 1 step, got {own}"
             )
         criterion = {"theta": None, "delta": own["change"], "smoothing": 0.0, "patience": 1, "per_layer": False}
-        selection = {"mask": "spion", "quantile": own["quantile"], "density": None, "coverage": None, "per_head": False}
+        selection = {"mask": "spion", "quantile": own["quantile"], "density": None, "coverage": None}
+        selection |= {"per_head": False, "share_budget": False}
         return {**criterion, **selection, "interval": own["interval"], "min_dense_steps": 0}
 
     def _callbacks(self) -> list[Callback]:

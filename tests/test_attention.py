@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,28 @@ def test_statistics_of_short_batches_share_one_grid():
     assert attention.statistics.pooled.shape == (2, 4, 4)
     assert attention.statistics.score_matrix.shape == (64, 64)
     assert attention.statistics.score_matrix.sum().item() == pytest.approx(20)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [40, 20])
+def test_the_gate_receives_what_the_loss_depends_on(length, padded, compiled):
+    attention = AdaptiveAttention(2, 40, 16)
+    inputs = qkv(length)
+    mask = keep()[:, :length] if padded else None
+    plain = torch.autograd.grad(attention(*inputs, key_padding_mask=mask).square().sum(), inputs)
+    grad = 2 * attention(*inputs, key_padding_mask=mask).detach()
+    attention.observe_samples = 2
+    attention.block_gate = gate = torch.zeros(2, 3, 3, requires_grad=True)
+    run = torch.compile(attention, fullgraph=True, backend="aot_eager") if compiled else attention
+    run(*inputs, key_padding_mask=mask).square().sum().backward()
+    torch.testing.assert_close(tuple(x.grad for x in inputs), plain)
+    first = [x[:2] for x in (*inputs, grad)]
+    expected = ops.block_sensitivity(*first, 16, key_padding_mask=None if mask is None else mask[:2])
+    blocks = -(-length // 16)
+    torch.testing.assert_close(gate.grad[:, :blocks, :blocks], expected)
+    assert gate.grad.count_nonzero() == expected.count_nonzero() > 0
+    assert copy.deepcopy(attention).block_gate is None
 
 
 @pytest.mark.parametrize("observe", [0, 2])

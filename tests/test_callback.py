@@ -129,8 +129,26 @@ def test_per_layer_and_per_head(tmp_path):
     assert module.first.layout.mask.diagonal(dim1=1, dim2=2).all()
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_fisher_learns_from_the_trainings_own_gradients(tmp_path, accumulate):
+    torch.manual_seed(1)
+    plain, watched = SomebodysModel(), SomebodysModel()
+    watched.load_state_dict(plain.state_dict())
+    options = {"max_steps": 6, "accumulate_grad_batches": accumulate}
+    fit(tmp_path, pl.Callback(), plain, **options)
+    sparsity = always(mask="fisher", per_head=True, share_budget=True, samples=4, keep_diagonal=False)
+    fit(tmp_path, sparsity, watched, **options)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert sparsity.all_sparse
+    kept = torch.stack([layout.mask for layout in sparsity.layouts.values()])
+    assert kept.sum() == int(2 * HEADS * 16 * 0.3)
+    assert [a.block_gate for a in sparsity.attentions.values()] == [None, None]
+    assert [name for name, _ in watched.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
+@pytest.mark.parametrize("mask", ["direct", "fisher"])
 @pytest.mark.parametrize("stop", [3, 6, 11])
-def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop):
+def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop, mask):
     torch.manual_seed(2)
     start = SomebodysModel().state_dict()
 
@@ -139,7 +157,7 @@ def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop):
         made.load_state_dict(start)
         return made
 
-    whole, whole_sparsity = module(), always()
+    whole, whole_sparsity = module(), always(mask=mask)
     fit(tmp_path, whole_sparsity, whole, max_steps=16)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
 
@@ -149,7 +167,7 @@ def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop):
         )
 
     # A loader without a position of its own is good for one epoch: 16 batches, of which the first ``stop`` are used up.
-    first = trainer(always(), stop)
+    first = trainer(always(mask=mask), stop)
     first.fit(module(), data())
     first.save_checkpoint(tmp_path / "a.ckpt")
 
@@ -166,7 +184,7 @@ def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop):
         def load_state_dict(self, state):
             pass
 
-    resumed, resumed_sparsity = module(), always()
+    resumed, resumed_sparsity = module(), always(mask=mask)
     trainer(resumed_sparsity, 16).fit(resumed, Rest(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert [t.step for t in resumed_sparsity.transitions] == [t.step for t in whole_sparsity.transitions] == [6, 6]
     assert resumed_sparsity.layouts == whole_sparsity.layouts

@@ -148,7 +148,8 @@ def _mean_over_processes(statistics: AttentionStatistics) -> AttentionStatistics
         return statistics
     assert statistics.score_matrix is not None
     pooled, matrix = (_mean(x) for x in (statistics.pooled, statistics.score_matrix))
-    return AttentionStatistics(pooled, skewness(matrix).float(), matrix)
+    sensitivity = None if (x := statistics.sensitivity) is None else _mean(x)
+    return AttentionStatistics(pooled, skewness(matrix).float(), matrix, sensitivity)
 
 
 def _mean(x: Tensor) -> Tensor:

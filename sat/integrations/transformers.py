@@ -282,13 +282,20 @@ def _attention(
             state.is_causal = causal  # the model's call decides, not what the module was made with
         if state.is_sparse:
             return _sparse_attention(state, query, key, value, padding, bias, dropout, scaling, kwargs), None
-        _observe(state, query, key, padding, bias, scaling, kwargs)
+        padding = _observe(state, query, key, padding, bias, scaling, kwargs)
+    else:
+        state = None
     if attention_mask is not None and attention_mask.dim() == 2:
         ahead = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         attention_mask = attention_mask[:, None, None, :] & ahead.tril()
-    return sdpa_attention_forward(
+    context, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
+    if state is not None and state.block_gate is not None:
+        query, key, value = (x[: state.observe_samples] for x in (query, key, value))
+        key, value = _repeated(key, query), _repeated(value, query)
+        context = state.watch(context.transpose(1, 2), query, key, value, padding, scaling).transpose(1, 2)
+    return context, None
 
 
 def _refuse_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -407,8 +414,8 @@ def _observe(
     bias: Tensor | None,
     scaling: float | None,
     kwargs: dict[str, Any],
-) -> None:
-    """Leave statistics in the state."""
+) -> Tensor | None:
+    """Leave statistics in the state; gives the padding mask that they were made with."""
     if bias is not None and bias.shape[1] == bias.shape[2] == 1:
         # Extended by the model itself: 0 for tokens, the smallest number for padding.
         padding, bias = (bias[:, 0, 0] > -torch.inf).expand(query.shape[0], -1), None
@@ -420,8 +427,9 @@ def _observe(
         )
     first = slice(state.observe_samples)
     query, key = as_autocast_does(query[first], key[first])
-    padding = None if padding is None else padding[first]
-    state.observe(query, _repeated(key, query), padding, padding, scaling)
+    observed = None if padding is None else padding[first]
+    state.observe(query, _repeated(key, query), observed, observed, scaling)
+    return padding
 
 
 def _repeated(x: Tensor, query: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sat.layout import BlockLayout
-from sat.ops import checks, masks, reference, torch_blocks, torch_operations
+from sat.ops import checks, masks, reference, sensitivity, torch_blocks, torch_operations
 from sat.ops.types import AttentionStatistics
 
 try:
@@ -32,11 +32,13 @@ except ImportError as error:
 __all__ = [
     "AttentionStatistics",
     "attention_statistics",
+    "block_sensitivity",
     "block_sparse_attention",
     "matmul",
     "sddmm",
     "sparse_softmax",
     "spmm",
+    "watch_blocks",
 ]
 
 Backend = Literal["auto", "reference", "torch", "triton"]
@@ -472,6 +474,93 @@ def attention_statistics(
     else:
         pooled, skewness, matrix = torch_operations.attention_statistics(*options)
     return AttentionStatistics(pooled, skewness, matrix if score_matrix else None)
+
+
+def block_sensitivity(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    block_size: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """How much a loss depends on each block: the empirical Fisher information of a bias added to the block's scores.
+
+    Per sample, the derivative of its loss by that bias is the sum over the block of ``P (dP - sum_row P dP)``, with the
+    weights ``P`` and ``dP = grad value^T``; squared, and averaged over the samples. A block that is looked at but does
+    not matter has a small one, other than its attention mass. It is that of the weights without dropout. Computed in
+    PyTorch on any device, and nothing of size ``[B, H, L, S]`` is held. Not differentiable.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        key: ``[B, H, S, D]``.
+        value: ``[B, H, S, D]``.
+        grad: ``[B, H, L, D]``, gradient of the loss by the attention's output. A common factor (the mean over a batch,
+            a loss scale) is squared in the result.
+        block_size: edge of a block, in tokens.
+        key_padding_mask: bool ``[B, S]``, True = a real token.
+        is_causal: query i sees keys 0 to i only.
+        scale: factor of the scores, ``D ** -0.5`` by default.
+
+    Returns:
+        float32 ``[H, M, N]``.
+
+    Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, applied to blocks of
+    attention scores in place of feature maps.
+    """
+    checks.check_query_key(query, key, value)
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be a whole number of at least 1, got {block_size!r}")
+    if grad.shape != query.shape[:3] + value.shape[3:]:
+        raise ValueError(
+            f"grad is the gradient of the attention's output, {[*query.shape[:3], value.shape[3]]}, got "
+            f"{checks.shape_text(grad)}"
+        )
+    checks.check_padding("key_padding_mask", key_padding_mask, query.shape[0], key.shape[2], query.device)
+    checks.check_scale(scale)
+    tensors = (x.detach() for x in (query, key, value, grad))
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    return sensitivity.block_sensitivity(*tensors, block_size, key_padding_mask, is_causal, scale)
+
+
+def watch_blocks(
+    context: Tensor,
+    gate: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Dense attention's output again; its backward pass leaves :func:`block_sensitivity` as the gradient of a gate.
+
+    Args:
+        context: ``[B, H, L, D]``, the attention's output.
+        gate: float32 ``[H, M, N]``, a leaf that requires a gradient; its values do not matter. Where it has more blocks
+            than the sequence, these receive 0.
+        query: ``[n, H, L, D]``: of the first ``n`` samples, which are observed. Key and value likewise.
+        key: ``[n, H, S, D]``.
+        value: ``[n, H, S, D]``.
+        block_size: edge of a block, in tokens; this and what follows as in :func:`block_sensitivity`.
+        key_padding_mask: bool ``[n, S]``.
+        is_causal: query i sees keys 0 to i only.
+        scale: factor of the scores, ``D ** -0.5`` by default.
+
+    Returns:
+        A copy of ``context``, with its gradient.
+    """
+    checks.check_query_key(query, key, value)
+    checks.check_padding("key_padding_mask", key_padding_mask, query.shape[0], key.shape[2], query.device)
+    checks.check_scale(scale)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    observed = (x.detach() for x in (query, key, value))
+    return sensitivity.watch_blocks(context, gate, *observed, block_size, key_padding_mask, is_causal, scale)
 
 
 def _total_blocks(layout: BlockLayout, x: Tensor) -> int:

@@ -180,3 +180,36 @@ def attention_statistics(
     return AttentionStatistics(
         pooled.float(), moments.skewness(matrix).float(), matrix.float() if score_matrix else None
     )
+
+
+@without_autocast
+def block_sensitivity(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    block_size: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float,
+) -> Tensor:
+    """By autograd, one bias a block and sample, see :func:`sat.ops.block_sensitivity`."""
+    batch, heads, query_length, _ = query.shape
+    key_length = key.shape[2]
+    rows, columns = -(-query_length // block_size), -(-key_length // block_size)
+    with torch.enable_grad():
+        gate = torch.zeros(batch, heads, rows, columns, dtype=query.dtype, device=query.device, requires_grad=True)
+        bias = gate.repeat_interleave(block_size, 2).repeat_interleave(block_size, 3)[..., :query_length, :key_length]
+        weights = attention_weights(
+            query,
+            key,
+            None,
+            key_padding_mask=key_padding_mask,
+            attn_bias=bias,
+            is_causal=is_causal,
+            scale=scale,
+        )
+        context = weights @ value.to(weights.dtype)
+        (found,) = torch.autograd.grad(context, gate, grad.to(context.dtype))
+    return found.square().mean(0)

@@ -14,8 +14,11 @@ class AttentionStatistics(NamedTuple):
         pooled: ``[H, M, N]`` float32, mean attention weight of each block (over its elements and over the batch).
         skewness: ``[]`` float32, population skewness of all ``L * S`` entries of the score matrix.
         score_matrix: ``[L, S]`` float32, mean attention weight over batch and heads; None unless it was asked for.
+        sensitivity: ``[H, M, N]`` float32, see :func:`sat.ops.block_sensitivity`; None unless a backward pass was
+            watched, which the operator alone cannot do.
     """
 
     pooled: Tensor
     skewness: Tensor
     score_matrix: Tensor | None
+    sensitivity: Tensor | None = None

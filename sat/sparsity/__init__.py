@@ -2,7 +2,7 @@
 
 from sat.sparsity.controller import Phase, SparsityController, Transition
 from sat.sparsity.criterion import Criterion, Verdict
-from sat.sparsity.masks import BilinearMask, DirectMask, GramMask, MaskLearner, MaskName, make_mask
+from sat.sparsity.masks import BilinearMask, DirectMask, FisherMask, GramMask, MaskLearner, MaskName, make_mask
 from sat.sparsity.phases import SparsityPhases
 from sat.sparsity.selection import select_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass, distance, skewness
@@ -11,6 +11,7 @@ __all__ = [
     "BilinearMask",
     "Criterion",
     "DirectMask",
+    "FisherMask",
     "GramMask",
     "LayerHistory",
     "MaskLearner",

@@ -6,6 +6,7 @@ stay where they came from.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sat.layout import BlockLayout
 from sat.sparsity.criterion import Criterion, Verdict
-from sat.sparsity.masks import MaskLearner, MaskName, make_mask
+from sat.sparsity.masks import FisherMask, MaskLearner, MaskName, make_mask
 from sat.sparsity.selection import check_selection, select_blocks
 from sat.sparsity.spion import spion_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass
@@ -24,6 +25,8 @@ if TYPE_CHECKING:  # the type only: importing the operators would load Triton
     from sat.ops.types import AttentionStatistics
 
 Phase = Literal["dense", "sparse"]
+
+logger = logging.getLogger(__name__)
 
 
 class Transition(NamedTuple):
@@ -59,7 +62,7 @@ class Transition(NamedTuple):
 class _Layer:
     """One layer's part of the state: dense as long as it has no layout."""
 
-    def __init__(self, history: LayerHistory, learner: MaskLearner | None) -> None:
+    def __init__(self, history: LayerHistory, learner: MaskLearner | FisherMask | None) -> None:
         self.history = history
         self.learner = learner  # None under "spion", which learns nothing, and in the sparse phase
         self.verdict = Verdict(False, 0, "no observation yet")
@@ -92,8 +95,9 @@ class SparsityController:
             observation at which every layer is ready.
         min_dense_steps: no transition before this many optimizer steps.
         max_dense_steps: at the first observation from this step on, layers that are still dense leave, ready or not.
-        mask: ``"direct"``, ``"bilinear"`` or ``"gram"`` (the paper's), see :func:`make_mask`; or ``"spion"``, which
-            learns nothing and traces patterns in the score matrix at the transition, see :func:`spion_blocks`.
+        mask: ``"direct"``, ``"bilinear"`` or ``"gram"`` (the paper's), see :func:`make_mask`; ``"fisher"``, which needs
+            the statistics' sensitivity, see :class:`FisherMask`; or ``"spion"``, which learns nothing and traces
+            patterns in the score matrix at the transition, see :func:`spion_blocks`.
         mask_rank: rank of the gram and bilinear masks.
         mask_lr: learning rate of the masks, in units of uniform attention.
         mask_steps: gradient steps of the masks at each observation.
@@ -108,6 +112,7 @@ class SparsityController:
         keep_first_tokens: the blocks of the first so many tokens (CLS and other special tokens) are kept, as rows and
             as columns; 0 in the paper.
         causal: only blocks of the lower triangle.
+        share_budget: count the budget over all layers and heads together instead of for each layout.
         seed: of the masks' initial values; the global generator is not touched.
 
     Raises:
@@ -131,7 +136,7 @@ class SparsityController:
         per_layer: bool = False,
         min_dense_steps: int = 0,
         max_dense_steps: int | None = None,
-        mask: MaskName | Literal["spion"] = "direct",
+        mask: MaskName | Literal["fisher", "spion"] = "direct",
         mask_rank: int = 32,
         mask_lr: float = 0.05,
         mask_steps: int = 10,
@@ -145,6 +150,7 @@ class SparsityController:
         min_blocks_per_row: int = 1,
         keep_first_tokens: int = 0,
         causal: bool = False,
+        share_budget: bool = False,
         seed: int = 0,
     ) -> None:
         self.num_layers, self.num_heads, self.block_size = num_layers, num_heads, block_size
@@ -153,7 +159,7 @@ class SparsityController:
         self.per_layer, self.per_head, self.mask = per_layer, per_head, mask
         self.min_dense_steps, self.max_dense_steps = min_dense_steps, max_dense_steps
         self.mask_rank, self.mask_lr, self.mask_steps = mask_rank, mask_lr, mask_steps
-        self.quantile, self.keep_first_tokens = quantile, keep_first_tokens
+        self.quantile, self.keep_first_tokens, self.share_budget = quantile, keep_first_tokens, share_budget
         self._check_settings()
         if mask == "spion":
             self._check_spion(density, coverage, per_head)
@@ -170,6 +176,7 @@ class SparsityController:
             "min_blocks_per_row": min_blocks_per_row,
             "keep_first": -(-keep_first_tokens // block_size),
             "causal": causal,
+            "share_budget": share_budget,
         }
         # One generator for all layers in turn: they start differently, and the same for the same seed.
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -207,6 +214,11 @@ class SparsityController:
                 f"max_dense_steps must be at least 1 and at least min_dense_steps ({self.min_dense_steps}), got "
                 f"{self.max_dense_steps}; None waits for the criterion without end"
             )
+        if self.share_budget and self.per_layer:
+            raise ValueError(
+                "share_budget compares the layers' blocks with each other, so all layers must leave the dense phase "
+                "together; set per_layer to False"
+            )
 
     def _check_spion(self, density: float | None, coverage: float | None, per_head: bool) -> None:
         if self.quantile is None or not 0 <= self.quantile < 1:
@@ -218,11 +230,15 @@ class SparsityController:
             )
         if per_head:
             raise ValueError("mask='spion' reads the score matrix, a mean over heads; it has no layouts per_head")
+        if self.share_budget:
+            raise ValueError("mask='spion' keeps what lies above its quantile; it has no budget to share_budget of")
 
-    def _learner(self, generator: torch.Generator) -> MaskLearner | None:
+    def _learner(self, generator: torch.Generator) -> MaskLearner | FisherMask | None:
         if self.mask == "spion":
             return None
         num_layouts = self.num_heads if self.per_head else 1
+        if self.mask == "fisher":
+            return FisherMask(num_layouts, self.grid)
         mask = make_mask(self.mask, self.grid, num_layouts=num_layouts, rank=self.mask_rank, generator=generator)
         return MaskLearner(mask, self.mask_lr)
 
@@ -301,10 +317,12 @@ class SparsityController:
             )
         matrices = {index: self._checked(step, index, statistics[index]) for index in dense}
 
+        if self.mask == "fisher":
+            self._fit_fisher(step, {index: statistics[index].sensitivity for index in dense})
         for index in dense:
             layer, observed = self._layers[index], statistics[index]
             layer.history.update(matrices[index], observed.skewness.item())
-            if layer.learner is not None:
+            if isinstance(layer.learner, MaskLearner):
                 layer.learner.fit(observed.pooled, self.lengths[1], self.mask_steps)
             layer.verdict = self.criterion.judge(layer.history, layer.verdict.streak)
 
@@ -314,10 +332,36 @@ class SparsityController:
         if not self.per_layer and ready != dense:
             ready = []
         overdue = self.max_dense_steps is not None and step >= self.max_dense_steps
+        leaving = dense if overdue else ready
+        if not leaving:
+            return []
+        pooled = {index: statistics[index].pooled.detach().cpu() for index in leaving}
+        kept = self._choose_blocks(pooled)
         return [
-            self._leave_dense(step, index, statistics[index].pooled, forced=index not in ready)
-            for index in (dense if overdue else ready)
+            self._leave_dense(step, index, pooled[index], kept[index], forced=index not in ready) for index in leaving
         ]
+
+    def _fit_fisher(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> None:
+        """Let the Fisher masks take in what a backward pass has left, as shares of the sum over the layers."""
+        found = {}
+        for index, sensitivity in sensitivities.items():
+            expected = [self.num_heads, *self.grid]
+            if sensitivity is None or list(sensitivity.shape) != expected:
+                given = "none" if sensitivity is None else f"the shape {list(sensitivity.shape)}"
+                raise ValueError(
+                    f"layer {index} at step {step}: mask='fisher' needs the sensitivity of the blocks, {expected}, got "
+                    f"{given}; it is measured in a backward pass through the attention"
+                )
+            found[index] = sensitivity.detach().to("cpu", torch.float64)
+        total = float(sum(x.sum() for x in found.values()))
+        if not 0 < total < math.inf:
+            # Ordinary in float16, where the scaler of the loss leaves out a step whose gradients overflow.
+            logger.warning("no gradient observed at step %d: the loss depends on the blocks by %g", step, total)
+            return
+        for index, sensitivity in found.items():
+            learner = self._layers[index].learner
+            assert isinstance(learner, FisherMask)
+            learner.fit(sensitivity / total)
 
     def _checked(self, step: int, index: int, statistics: AttentionStatistics) -> Tensor:
         """The score matrix of statistics that are whole and finite."""
@@ -339,23 +383,37 @@ class SparsityController:
                 )
         return matrix
 
-    def _leave_dense(self, step: int, index: int, pooled: Tensor, forced: bool) -> Transition:
-        layer = self._layers[index]
-        pooled = pooled.detach().cpu()
-        mass = block_mass(pooled, self.block_size, *self.lengths)
-        if not self.per_head:
-            mass = mass.mean(0, keepdim=True)
-        if layer.learner is None:
-            assert layer.history.score_matrix is not None
-            assert self.quantile is not None
-            kept = spion_blocks(layer.history.score_matrix[None], self.block_size, self.quantile).cpu()
-            first = self._selection["keep_first"]
-            kept[:, :first] = kept[:, :, :first] = True
-            if self._selection["causal"]:
-                kept = kept.tril()
-        else:
-            kept = select_blocks(layer.learner.scores(), mass=mass, **self._selection)
+    def _choose_blocks(self, pooled: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The blocks ``[G, M, N]`` to keep, of every layer that leaves now."""
+        scores, masses = [], []
+        for index, each in pooled.items():
+            layer = self._layers[index]
+            if layer.learner is None:
+                return {index: self._spion_blocks(self._layers[index]) for index in pooled}
+            if isinstance(layer.learner, FisherMask) and not layer.learner.weight:
+                raise FloatingPointError(
+                    f"layer {index}: no observation had a finite gradient other than 0, so mask='fisher' cannot tell "
+                    f"blocks apart; look for a diverged loss, or use mask='direct'"
+                )
+            scores.append(layer.learner.scores())
+            mass = block_mass(each, self.block_size, *self.lengths)
+            masses.append(mass if self.per_head else mass.mean(0, keepdim=True))
+        if self.share_budget:
+            kept = select_blocks(torch.cat(scores), mass=torch.cat(masses), **self._selection)
+            return dict(zip(pooled, kept.split(len(scores[0])), strict=True))
+        selected = (select_blocks(s, mass=m, **self._selection) for s, m in zip(scores, masses, strict=True))
+        return dict(zip(pooled, selected, strict=True))
 
+    def _spion_blocks(self, layer: _Layer) -> Tensor:
+        assert layer.history.score_matrix is not None
+        assert self.quantile is not None
+        kept = spion_blocks(layer.history.score_matrix[None], self.block_size, self.quantile).cpu()
+        first = self._selection["keep_first"]
+        kept[:, :first] = kept[:, :, :first] = True
+        return kept.tril() if self._selection["causal"] else kept
+
+    def _leave_dense(self, step: int, index: int, pooled: Tensor, kept: Tensor, forced: bool) -> Transition:
+        layer = self._layers[index]
         layer.layout = layout = BlockLayout(kept, self.block_size)
         layer.transition_step = step
         layer.learner = None

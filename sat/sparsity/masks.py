@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 MaskName = Literal["gram", "bilinear", "direct"]
 
+# Weight of the past at each observation of a Fisher mask: the last ten or so count.
+FISHER_DECAY = 0.9
+
 
 class GramMask(nn.Module):
     """The paper's learnable mask: the Gram matrix ``W W^T`` of one parameter ``W`` ``[G, N, rank]``.
@@ -109,6 +112,44 @@ def make_mask(
             f"use 'bilinear' or 'direct'"
         )
     return GramMask(num_layouts, grid[0], rank, generator)
+
+
+class FisherMask:
+    """Blocks by how much the loss depends on them: a running mean of their Fisher information, ``[G, M, N]``.
+
+    Nothing is fitted. Observations are shares of the sum over all layers, so that neither the loss's scale nor a single
+    batch with large gradients counts, and layers can be compared.
+
+    Args:
+        num_layouts: ``G``, the number of heads, or 1 when they share one layout.
+        grid: ``(M, N)``, block rows and columns.
+
+    Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018; the blocks are ours.
+    """
+
+    def __init__(self, num_layouts: int, grid: tuple[int, int]) -> None:
+        self._sum = torch.zeros((num_layouts, *grid), dtype=torch.float64, device="cpu")
+        self.weight = 0.0  # of the observations so far; 0 where there is none
+
+    def fit(self, share: Tensor) -> None:
+        """Take in one observation: ``[H, M, N]``, the blocks' share of what the loss depends on."""
+        share = share.detach().to("cpu", torch.float64)
+        if self._sum.shape[0] == 1:
+            share = share.sum(0, keepdim=True)
+        self._sum = FISHER_DECAY * self._sum + share
+        self.weight = FISHER_DECAY * self.weight + 1
+
+    def scores(self) -> Tensor:
+        """The mean ``[G, M, N]``; 0 before the first observation."""
+        return self._sum / max(self.weight, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy: further observations do not change it."""
+        return {"sum": self._sum.clone(), "weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._sum, self.weight = state["sum"].to("cpu", copy=True), float(state["weight"])
 
 
 class MaskLearner:

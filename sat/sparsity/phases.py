@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sat.layout import BlockLayout
@@ -32,6 +34,8 @@ class Attention(Protocol):
     is_causal: bool
     observe_samples: int
     statistics: AttentionStatistics | None
+    layout_mask: Tensor
+    block_gate: Tensor | None
 
     @property
     def is_sparse(self) -> bool: ...  # noqa: D102
@@ -53,11 +57,14 @@ class SparsityPhases:
         coverage: keep the fewest blocks that hold this share of the attention mass, 0 to 1.
         min_density: least share of blocks under ``coverage``.
         max_density: largest share of blocks under ``coverage``.
-        mask: how block scores are learned: ``direct`` (one logit a block), ``bilinear``, or ``gram`` (the paper's); or
-            ``spion``: not at all, patterns are traced in the scores themselves (SAT's forerunner).
+        mask: how block scores are learned: from how much attention a block holds by ``direct`` (one logit a block),
+            ``bilinear``, or ``gram`` (the paper's); ``fisher``, from how much the loss depends on it; or ``spion``: not
+            at all, patterns are traced in the scores themselves (SAT's forerunner).
         mask_rank: inner dimension of ``bilinear`` and ``gram``.
         quantile: of ``spion``, in place of a density: share of the blocks below the threshold, 0 to 1.
         per_head: one layout a head instead of one a layer.
+        share_budget: count density or coverage over all layers and heads together, so that some keep more blocks than
+            others.
         keep_diagonal: always keep the blocks on the diagonal.
         min_blocks_per_row: always keep so many blocks of each row.
         keep_first_tokens: always keep the blocks of the first so many tokens (1: CLS), as rows and as columns.
@@ -83,10 +90,11 @@ class SparsityPhases:
         coverage: float | None = None,
         min_density: float = 0.0,
         max_density: float = 1.0,
-        mask: MaskName | Literal["spion"] = "direct",
+        mask: MaskName | Literal["fisher", "spion"] = "direct",
         mask_rank: int = 32,
         quantile: float | None = None,
         per_head: bool = False,
+        share_budget: bool = False,
         keep_diagonal: bool = True,
         min_blocks_per_row: int = 1,
         keep_first_tokens: int = 0,
@@ -130,6 +138,7 @@ class SparsityPhases:
             min_density=min_density,
             max_density=max_density,
             per_head=per_head,
+            share_budget=share_budget,
             keep_diagonal=keep_diagonal,
             min_blocks_per_row=min_blocks_per_row,
             keep_first_tokens=keep_first_tokens,
@@ -237,8 +246,12 @@ class SparsityPhases:
         assert self.controller is not None
         observes = ends_step and (self._steps + 1) % self.interval == 0
         for index, attention in enumerate(self.attentions.values()):
-            attention.observe_samples = self.samples if observes and self.controller.phase(index) == "dense" else 0
-            attention.statistics = None
+            watched = observes and self.controller.phase(index) == "dense"
+            attention.observe_samples = self.samples if watched else 0
+            attention.statistics = attention.block_gate = None
+            if watched and self.controller.mask == "fisher":
+                grid = attention.layout_mask
+                attention.block_gate = torch.zeros(grid.shape, device=grid.device, requires_grad=True)
 
     def after_batch(
         self, ends_step: bool, mean: Callable[[AttentionStatistics], AttentionStatistics] = lambda x: x
@@ -260,8 +273,9 @@ class SparsityPhases:
         for index, attention in enumerate(attentions):
             attention.observe_samples = 0
             if attention.statistics is not None:
-                statistics[index] = mean(attention.statistics)
-                attention.statistics = None
+                gradient = None if attention.block_gate is None else attention.block_gate.grad
+                statistics[index] = mean(attention.statistics._replace(sensitivity=gradient))
+                attention.statistics = attention.block_gate = None
         if not statistics:
             return None
         step = self._steps

@@ -18,6 +18,7 @@ def select_blocks(
     min_blocks_per_row: int = 1,
     keep_first: int = 0,
     causal: bool = False,
+    share_budget: bool = False,
 ) -> Tensor:
     """Keep the blocks of the largest score, each of the ``G`` layouts for itself.
 
@@ -41,6 +42,8 @@ def select_blocks(
         keep_first: keep so many block rows and block columns at the start whole: special tokens that see all and are
             seen by all.
         causal: only blocks of the lower triangle, ``column <= row``, may be kept.
+        share_budget: compare the scores of all layouts with each other and count density, coverage and bounds over all
+            of them together, so that one may keep more blocks than another.
 
     Returns:
         bool ``[G, M, N]``, on the device of the scores.
@@ -65,20 +68,21 @@ def select_blocks(
     required = _required(scores, allowed, keep_diagonal, min_blocks_per_row, keep_first, causal)
 
     # In the order of choice: required blocks, then by score, and last what causality forbids.
-    tier = torch.where(required, 0, torch.where(allowed, 1, 2)).flatten(1)
-    by_score = scores.flatten(1).argsort(dim=1, descending=True, stable=True)
+    budgets = 1 if share_budget else num_layouts
+    tier = torch.where(required, 0, torch.where(allowed, 1, 2)).view(budgets, -1)
+    by_score = scores.reshape(budgets, -1).argsort(dim=1, descending=True, stable=True)
     order = by_score.gather(1, tier.gather(1, by_score).argsort(dim=1, stable=True))
 
-    candidates = int(allowed.sum())
+    candidates = int(allowed.sum()) * (num_layouts // budgets)
     if density is not None:
-        budget = torch.full((num_layouts, 1), int(candidates * density), device=scores.device)
+        budget = torch.full((budgets, 1), int(candidates * density), device=scores.device)
     else:
         assert coverage is not None
-        budget = _covering(_checked_mass(mass, scores).flatten(1).gather(1, order), coverage)
+        budget = _covering(_checked_mass(mass, scores).view(budgets, -1).gather(1, order), coverage)
         budget = budget.clamp(int(candidates * min_density), int(candidates * max_density))
-    budget = torch.maximum(budget, required.flatten(1).sum(1, keepdim=True)).clamp(max=candidates)
+    budget = torch.maximum(budget, required.view(budgets, -1).sum(1, keepdim=True)).clamp(max=candidates)
 
-    chosen = torch.arange(rows * columns, device=scores.device) < budget
+    chosen = torch.arange(order.shape[1], device=scores.device) < budget
     return torch.zeros_like(chosen).scatter_(1, order, chosen).view(num_layouts, rows, columns)
 
 
@@ -143,7 +147,7 @@ def _checked_mass(mass: Tensor | None, scores: Tensor) -> Tensor:
         raise ValueError(f"mass must have the shape of the scores, {list(scores.shape)}, got {list(mass.shape)}")
     if not (mass >= 0).all():
         raise ValueError("mass is a share of attention, but it contains negative values or NaN")
-    return mass.to(scores.device, torch.float64)
+    return mass.to(scores.device, torch.float64).contiguous()
 
 
 def _covering(ordered_mass: Tensor, coverage: float) -> Tensor:

@@ -71,8 +71,9 @@ def make_trainer(folder: Path, callback: SparsityCallback, steps: int = 12, **ar
     )
 
 
-def test_trains_densely_then_sparsely(tmp_path, caplog):
-    callback = SparsityCallback(**SETTINGS)
+@pytest.mark.parametrize("mask", ["direct", "fisher"])
+def test_trains_densely_then_sparsely(tmp_path, caplog, mask):
+    callback = SparsityCallback(**SETTINGS, mask=mask)
     trainer = make_trainer(tmp_path, callback)
     with caplog.at_level(logging.INFO, "sat.integrations.trainer"):
         trainer.train()

@@ -556,6 +556,55 @@ def test_statistics_are_those_of_the_models_queries_and_keys(name: str, padding:
         assert found.score_matrix[length:].sum() == 0
 
 
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "gpt2"])
+def test_the_sensitivity_is_that_of_the_models_own_backward_pass(name: str, padding: str) -> None:
+    model, batch = make(name), batch_of(name, padding)
+    plain = features(model, batch)
+    plain.square().sum().backward()
+    expected_gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    states = prepare(model, block_size=BLOCK)
+    captured: dict[nn.Module, list[Tensor]] = {}
+
+    def capture(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        context, weights = inner(module, query, key, value, mask, **kwargs)
+        context.retain_grad()
+        captured[module] = [query, key, value, context]
+        return context, weights
+
+    inner = AttentionInterface._global_mapping["sat"]
+    AttentionInterface.register("sat", capture)
+    try:
+        for state in states.values():
+            state.observe_samples = 2
+            state.block_gate = torch.zeros(state.layout_mask.shape, requires_grad=True)
+        features(model, batch).square().sum().backward()
+    finally:
+        register()
+    for gradient, parameter in zip(expected_gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    for path, state in states.items():
+        query, key, value, context = captured[model.get_submodule(path)]
+        gradient = context.grad
+        assert gradient is not None
+        mask = batch.get("attention_mask")
+        expected = ops.block_sensitivity(
+            query[:2],
+            *(x[:2].repeat_interleave(HEADS // x.shape[1], 1) for x in (key, value)),
+            gradient[:2].transpose(1, 2),
+            BLOCK,
+            key_padding_mask=None if mask is None else mask[:2].bool(),
+            is_causal=name in ("llama", "gpt2"),
+            scale=float(query.shape[3] ** -0.5),
+        )
+        assert state.block_gate is not None
+        found = state.block_gate.grad
+        assert found is not None
+        torch.testing.assert_close(found[:, : expected.shape[1], : expected.shape[2]], expected)
+        assert expected.count_nonzero() > 0
+
+
 def test_causality_is_what_the_model_asks_for() -> None:
     # CLIP's text model is causal by its call, its modules say that they are not.
     config = CLIPTextConfig(**TEXT, projection_dim=8, bos_token_id=1, eos_token_id=2)

@@ -67,6 +67,62 @@ def test_layer_by_layer():
     assert made.transition_steps == [3, 6]
 
 
+def sensitive(found, **others):
+    return statistics(**others)._replace(sensitivity=found)
+
+
+def test_fisher_keeps_what_the_loss_depends_on_most_in_all_layers_together():
+    generator = torch.Generator().manual_seed(3)
+    first, second = torch.rand(2, 2, 4, 4, generator=generator)
+    settings = {"mask": "fisher", "per_head": True, "share_budget": True, "max_dense_steps": 2, "density": 0.5}
+    made = controller(**settings, keep_diagonal=False, min_blocks_per_row=0)
+    # The second layer's blocks matter a hundred times as much; the scale differs from one observation to the next.
+    assert made.observe(1, {0: sensitive(first), 1: sensitive(100 * second)}) == []
+    state = made.state_dict()
+    transitions = made.observe(2, {0: sensitive(1e6 * first), 1: sensitive(1e8 * second)})
+    scores = torch.cat([first, 100 * second])
+    expected = scores >= scores.flatten().sort(descending=True).values[31]  # half of 2 layers x 2 heads x 16 blocks
+    assert torch.equal(torch.cat([t.layout.mask for t in transitions]), expected)
+    assert transitions[0].density < transitions[1].density
+    again = controller(**settings, keep_diagonal=False, min_blocks_per_row=0)
+    again.load_state_dict(state)
+    other = again.observe(2, {0: sensitive(1e6 * first), 1: sensitive(1e8 * second)})
+    assert all(torch.equal(a.layout.mask, b.layout.mask) for a, b in zip(transitions, other, strict=True))
+
+
+def test_fisher_adds_the_heads_that_share_a_layout():
+    made = controller(mask="fisher", max_dense_steps=1, density=1 / 16, keep_diagonal=False, min_blocks_per_row=0)
+    found = torch.zeros(2, 4, 4)
+    found[0, 1, 2] = found[1, 1, 2] = 2.0
+    found[0, 3, 3] = 3.0
+    (transition, _) = made.observe(1, {0: sensitive(found), 1: sensitive(found)})
+    assert transition.layout.mask.nonzero().tolist() == [[0, 1, 2]]
+
+
+def test_fisher_leaves_out_gradients_that_overflowed_and_says_so(caplog):
+    made = controller(mask="fisher", max_dense_steps=2)
+    found = torch.rand(2, 4, 4)
+    made.observe(1, {0: sensitive(found), 1: sensitive(found * math.inf)})
+    assert "no gradient observed at step 1: the loss depends on the blocks by inf" in caplog.text
+    with pytest.raises(FloatingPointError, match="layer 0: no observation had a finite gradient other than 0"):
+        made.observe(2, {0: sensitive(found * 0), 1: sensitive(found * 0)})
+
+
+def test_fisher_needs_a_backward_pass():
+    made = controller(mask="fisher")
+    with pytest.raises(ValueError, match=r"layer 0 at step 1: mask='fisher' needs the sensitivity .* got none"):
+        made.observe(1, {0: statistics(), 1: statistics()})
+    with pytest.raises(ValueError, match=r"got the shape \[2, 4\]"):
+        made.observe(1, {0: sensitive(torch.rand(2, 4)), 1: sensitive(torch.rand(2, 4, 4))})
+
+
+def test_a_shared_budget_needs_layers_that_leave_together():
+    with pytest.raises(ValueError, match=r"share_budget .* set per_layer to False"):
+        controller(share_budget=True, per_layer=True)
+    with pytest.raises(ValueError, match="no budget to share_budget of"):
+        controller(**SPION, share_budget=True)
+
+
 def test_spion_waits_for_the_distance_alone_and_traces_the_scores():
     made = controller(**SPION, theta=None, delta=15.0)
     found = drive(made, [([-5.0] * 7, FIRST[1]), ([-5.0] * 7, SECOND[1])])

@@ -210,3 +210,26 @@ def test_coverage_is_reached_with_the_fewest_blocks(case):
             without = kept[layout].flatten().clone()
             without[last] = False
             assert mass[layout].flatten()[without].sum() < coverage + 1e-12
+
+
+def test_a_shared_budget_lets_the_larger_scores_win_wherever_they_are():
+    scores = torch.cat([S3, S3 + 5.1])  # 6.1 to 14.1 in the second
+    found = select_blocks(scores, density=0.5, share_budget=True, **BARE)
+    is_mask(found[:1], ".x. x.. ...")
+    is_mask(found[1:], ".x. xxx xxx")
+    # What must be kept is kept in each.
+    found = select_blocks(scores, density=0.5, share_budget=True)
+    is_mask(found[:1], "x.. .x. ..x")
+    is_mask(found[1:], "xx. xx. x.x")
+    assert torch.equal(select_blocks(S3, density=0.4, share_budget=True), select_blocks(S3, density=0.4))
+
+
+def test_a_shared_budget_counts_coverage_over_all():
+    scores = torch.cat([S3, S3 + 5.1])
+    mass = torch.zeros(2, 3, 3)
+    mass[0, 0, 1], mass[1] = 1.0, 1 / 9
+    # In the order 14.1 ... 9.1, 9: six ninths of one head, then all of the other.
+    found = select_blocks(scores, mass=mass, coverage=0.8, share_budget=True, **BARE)
+    is_mask(found[:1], ".x. ... ...")
+    is_mask(found[1:], ".x. x.x xxx")
+    assert select_blocks(scores, mass=mass, coverage=1.0, share_budget=True, max_density=0.5, **BARE).sum() == 9
