@@ -2,22 +2,98 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+# What the system says when a file can no longer be written, whoever writes it.
+UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ESTALE,
+}
 
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path beside ``path`` to write to; moved over it at the end, so that a crash never leaves half a file.
 
-    If the block raises, an existing file stays as it was.
+    It is on the disk before it is moved: a machine that loses its power keeps the old file or the new one. If the
+    block raises, an existing file stays as it was.
+
+    Raises:
+        OSError: the file cannot be written; a sentence that names it, with the system's ``errno``.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _put_on_disk(temporary)
         temporary.replace(path)
+        with suppress(OSError):  # not every file system can
+            _put_on_disk(path.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        failure = type(error)(
+            f"{path} cannot be written ({reason}); make room there, or have it written to another folder"
+        )
+        failure.errno = error.errno
+        raise failure from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _put_on_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: as :func:`written_whole`; safetensors has an exception of its own for it.
+    """
+    with written_whole(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def save_state(state: Any, path: str | os.PathLike[str]) -> None:
+    """Write what ``torch.load`` reads, whole or not at all.
+
+    Raises:
+        OSError: as :func:`written_whole`; PyTorch makes a RuntimeError of it, which says nothing of disks.
+    """
+    with written_whole(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise OSError(*error.__context__.args) from error
+            raise

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sat.files import written_whole
+from sat.files import save_tensors
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -216,8 +215,7 @@ class BlockLayout:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the layout as a safetensors file; an existing file is replaced whole or not at all."""
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "block_size": json.dumps(self.block_size)}
-        with written_whole(path) as temporary:
-            save_file({"mask": self.mask.cpu().contiguous()}, temporary, metadata=metadata)
+        save_tensors({"mask": self.mask.cpu().contiguous()}, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockLayout:

@@ -15,6 +15,9 @@ from sat.baselines import fingerprint
 
 Batch = dict[str, Tensor]
 
+# Of the checkpoints, which say it as "sat_version". Those without are older than the first release, and alike.
+CHECKPOINT_VERSION = 1
+
 
 class ClassificationModule(LightningModule):
     """Trains a model that maps what a batch holds besides ``labels`` to logits.
@@ -130,6 +133,7 @@ class ClassificationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which attention the model has: the weights of many methods are alike, what they compute is not."""
+        checkpoint["sat_version"] = CHECKPOINT_VERSION
         if self.validation_f1 is not None:
             checkpoint["validation_f1"] = self.validation_f1
         if (name := getattr(self.model, "attention", None)) is not None:

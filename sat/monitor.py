@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -18,9 +22,13 @@ from rich.table import Table
 from torch import Tensor
 
 from sat.callback import AdaptiveSparsity, ends_optimizer_step
+from sat.files import save_state
 
 # Step times that are kept of each phase; a median needs no more.
 KEPT_STEP_TIMES = 2000
+
+# Seconds within which a second signal counts as the first once more: schedulers and launchers both send theirs.
+SAME_SIGNAL = 1.0
 
 
 class Monitor(Callback):
@@ -215,12 +223,42 @@ class ExactResume(Callback):
         self._state = None
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints beside their place and moves them there, so that none is ever half written.
+
+    Lightning's own way leads through the system's folder for temporary files. Where that lies on another disk, the
+    file is copied from there: whoever kills the process then, or a full disk, leaves half a checkpoint where the last
+    good one was.
+    """
+
+    def save_checkpoint(self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: it cannot be written; the one that was there stays.
+        """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_state(checkpoint, path)
+
+
 class RunInterrupted(Exception):
-    """Ctrl-C was pressed; the run has been saved at the end of its step."""
+    """A signal asked the run to stop; what was trained has been saved, at the end of a step.
+
+    Args:
+        sentence: what happened.
+        received: the signal.
+    """
+
+    def __init__(self, sentence: str, received: int) -> None:
+        super().__init__(sentence)
+        self.received = received
 
 
 class SaveLast(Callback):
-    """Keeps ``last.ckpt`` up to date, and makes Ctrl-C finish the step, save and stop; a second one stops at once.
+    """Keeps ``last.ckpt`` up to date, and makes signals finish the step, save and stop; a second one stops at once.
+
+    The signals are SIGINT (Ctrl-C), SIGTERM and, in a job of SLURM, SIGUSR1. Of several processes it is enough that one
+    gets the signal. While testing there is nothing to finish or to save: a signal stops at once.
 
     It saves between steps, after any validation: then a resumed run neither repeats nor misses one, which Lightning's
     own checkpoints at the end of a batch do (it takes their validation for done).
@@ -233,25 +271,48 @@ class SaveLast(Callback):
     def __init__(self, path: Path, every_n_steps: int = 100) -> None:
         super().__init__()
         self.path, self.every_n_steps = path, every_n_steps
+        self.stale = False  # whether the run goes on from another checkpoint than the one at the path
         self.interrupted = False
+        self.received = signal.SIGINT  # or the signal that it was
+        self._noted_at = 0.0
         self._saved_at = 0
-        self._previous: Any = None
+        self._testing = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen for Ctrl-C."""
-        self._saved_at = trainer.global_step
-        self._previous = signal.signal(signal.SIGINT, self._note)
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        self._listen()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop listening."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen, in place of Lightning; it puts everybody's handlers back at the end."""
+        self._saved_at = -self.every_n_steps if self.stale else trainer.global_step
+        self._listen()
 
-    def _note(self, *_: Any) -> None:
-        if self.interrupted:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen again."""
+        self._testing = True
+        self._listen()
+
+    def _listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other may
+            slurm = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
+            for each in [signal.SIGINT, signal.SIGTERM, *slurm]:
+                signal.signal(each, self._note)
+
+    def _note(self, received: int, _: Any) -> None:
+        if self._testing:
+            raise RunInterrupted("interrupted while testing", received)
+        now = time.monotonic()
+        if not self.interrupted:
+            self.interrupted, self.received, self._noted_at = True, signal.Signals(received), now
+        elif now - self._noted_at > SAME_SIGNAL:
             raise KeyboardInterrupt
-        self.interrupted = True
+
+    def agree(self, trainer: Trainer) -> None:
+        """Let all processes stop at the same step, whichever of them was asked to."""
+        if trainer.world_size > 1:
+            mine = torch.tensor(self.received if self.interrupted else 0, device=trainer.strategy.root_device)
+            if (received := int(trainer.strategy.reduce(mine, reduce_op="max"))) and not self.interrupted:
+                self.interrupted, self.received = True, signal.Signals(received)
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint.
@@ -268,9 +329,11 @@ class SaveLast(Callback):
         trainer.save_checkpoint(self.path)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save, if it is time or Ctrl-C was pressed. Must be the first callback: nothing of this step has happened."""
+        """Save, if it is time or a signal came. Must be the first callback: nothing of this step has happened."""
         step = trainer.global_step
         between_steps = batch_idx % trainer.accumulate_grad_batches == 0
+        if between_steps:
+            self.agree(trainer)
         due = step >= self._saved_at + self.every_n_steps or (self.interrupted and step > self._saved_at)
         if due and between_steps:
             # This batch has been counted as fetched already, but a resumed run has yet to fetch it.
@@ -282,7 +345,7 @@ class SaveLast(Callback):
             progress.current.ready += 1
             self._saved_at = step
         if self.interrupted and between_steps:
-            raise RunInterrupted(f"interrupted at step {step}")
+            raise RunInterrupted(f"interrupted at step {step}", self.received)
 
 
 def status(trainer: Trainer, monitor: Monitor) -> str:

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from sat.attention import AdaptiveAttention
 from sat.baselines import StructureAttention, fingerprint
@@ -22,7 +23,7 @@ from sat.callback import AdaptiveSparsity
 from sat.files import written_whole
 from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
-from sat.module import ClassificationModule
+from sat.module import CHECKPOINT_VERSION, ClassificationModule
 from sat.monitor import Monitor
 from sat.plots import plot_layouts, plot_statistics
 
@@ -97,7 +98,7 @@ def run_folder(output_dir: Path, name: str, checkpoint: Path | None) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a run's folder, and be sure that it can be written.
+    """Make a run's folder, and be sure that it can be written; what a killed process left half written goes.
 
     Raises:
         OSError: it cannot.
@@ -106,7 +107,8 @@ def make_folder(folder: Path) -> None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        for leftover in [probe, *folder.rglob(".*.tmp")]:
+            leftover.unlink()
     except OSError as error:
         raise OSError(
             f"cannot write to the run folder {folder} ({error.strerror}); choose another --output_dir"
@@ -115,6 +117,8 @@ def make_folder(folder: Path) -> None:
 
 def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | None:
     """The checkpoint to go on from; ``last`` is that of the newest run of this name.
+
+    Where that run was stopped before its first checkpoint, the file does not exist: the run begins anew in its folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -126,12 +130,12 @@ def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | No
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint at {path}")
         return path
-    found = sorted(runs_of_this_name.glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-    if not found:
+    last = [folder / "last.ckpt" for folder in runs_of_this_name.glob("*/checkpoints")]
+    if not last:
         raise FileNotFoundError(
             f"--ckpt_path last: no run in {runs_of_this_name} has a checkpoint yet; start one without --ckpt_path"
         )
-    return found[-1]
+    return max(last, key=lambda path: (path if path.is_file() else path.parent).stat().st_mtime_ns)
 
 
 def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassifier | PretrainedClassifier) -> None:
@@ -140,14 +144,7 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
     Raises:
         ValueError: it is not, with the reason.
     """
-    try:
-        # Mapped, so that a file that is cut short fails here and a large one costs no memory.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a broken or hostile file makes the reader raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a whole checkpoint ({reason}); give another --ckpt_path") from error
-    if not isinstance(checkpoint, Mapping) or not {"state_dict", "loops", "callbacks"} <= set(checkpoint):
-        raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
+    checkpoint = _read_checkpoint(path, "--ckpt_path")
     was = checkpoint.get("attention")
     if was is None:  # written before there was a choice
         was = {"name": "adaptive" if checkpoint["callbacks"].get(AdaptiveSparsity.__qualname__) else "dense"}
@@ -167,7 +164,59 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
             f"{path} was trained with other fixed blocks than this run has; go on with the model.block_size, the files "
             f"and the seed that it was started with"
         )
-    ours, theirs = module.state_dict(), checkpoint["state_dict"]
+    _check_weights(path, module.state_dict(), checkpoint["state_dict"])
+
+
+def find_weights(init_from: str) -> Path:
+    """The checkpoint to take weights from: a file, or the last one of a run's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(init_from)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--init_from {init_from}: there is no checkpoint at {path}; give a checkpoint, or the folder of a run "
+            f"that has one"
+        )
+    return path
+
+
+def load_weights(path: Path, module: LightningModule) -> None:
+    """Take over the weights of a checkpoint, whatever its phase; the layouts stay as they are here.
+
+    Raises:
+        ValueError: it is not a checkpoint, or one of another model.
+    """
+    ours, theirs = (
+        {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in ("layout_mask", "sparse")}
+        for state in (module.state_dict(), _read_checkpoint(path, "--init_from")["state_dict"])
+    )
+    _check_weights(path, ours, theirs)
+    module.load_state_dict({**module.state_dict(), **theirs})
+
+
+def _read_checkpoint(path: Path, option: str) -> Mapping[str, Any]:
+    try:
+        # Mapped, so that a file that is cut short fails here and a large one costs no memory.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a broken or hostile file makes the reader raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a whole checkpoint ({reason}); give another {option}") from error
+    if not isinstance(checkpoint, Mapping) or not {"state_dict", "loops", "callbacks"} <= set(checkpoint):
+        raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
+    version = checkpoint.get("sat_version", CHECKPOINT_VERSION)
+    if not isinstance(version, int) or version > CHECKPOINT_VERSION:
+        raise ValueError(
+            f"{path} is a checkpoint of version {version}, this version of SAT reads up to {CHECKPOINT_VERSION}; "
+            f"upgrade SAT to read it"
+        )
+    return checkpoint
+
+
+def _check_weights(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     odd = sorted(set(ours) ^ set(theirs))
     if odd:
         where = "this model" if odd[0] in ours else "the checkpoint"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
@@ -25,10 +28,10 @@ from sat import runs
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, ColorImageDataModule, SequenceDataModule, TextDataModule
-from sat.files import written_whole
+from sat.files import UNWRITABLE, written_whole
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
-from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast
+from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast, WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,9 @@ def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
     parser.add_argument("--name", type=str, default="run", help="the run's name, by default that of its config")
     parser.add_argument("--output_dir", type=str, default="runs", help="folder that gets a folder for each run")
     parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to go on from; 'last': of the newest run")
+    parser.add_argument(
+        "--init_from", type=str | None, help="checkpoint, or folder of a run, whose weights a new run begins with"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, dropout and data order")
     parser.add_argument("--compile", type=bool, default=False, help="compile the model with torch.compile")
     parser.add_argument("--data.name", type=str, required=True, help=f"data set: {', '.join(DATASETS)}")
@@ -165,15 +171,21 @@ class Run:
             model.compile(fullgraph=True)
         self.sparsity = self._make_sparsity(args)
         checkpoint = runs.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
-        if checkpoint is not None:
-            runs.check_checkpoint(checkpoint, self.module, model)
-        self.checkpoint = checkpoint
         self.folder = runs.run_folder(Path(args.output_dir), args.name, checkpoint)
+        self.anew = checkpoint is not None and not checkpoint.is_file()
+        self.checkpoint = None if self.anew else checkpoint
+        self.weights = None
+        if self.checkpoint is not None:
+            runs.check_checkpoint(self.checkpoint, self.module, model)
+        elif args.init_from is not None:
+            self.weights = runs.find_weights(args.init_from)
+            runs.load_weights(self.weights, self.module)
         self.last = self.folder / "checkpoints" / "last.ckpt"
         args.ckpt_path = None  # so that the saved config starts the run anew
         self.config = parser.dump(args, skip_unset=False)
         self.monitor = Monitor(self.sparsity, console, args.model.attention)
         self.save_last = SaveLast(self.last)
+        self.save_last.stale = self.checkpoint not in (None, self.last)
         _check_trainer_options(args.trainer)
         self.best = ModelCheckpoint(
             self.folder / "checkpoints",
@@ -190,6 +202,7 @@ class Run:
                 TensorBoardLogger(self.folder, name="tensorboard", version=""),
             ],
             callbacks=self._callbacks(),
+            plugins=[WholeCheckpoints()],
             use_distributed_sampler=False,  # our loaders know their rank
             enable_model_summary=False,
             enable_progress_bar=False,  # ours counts steps
@@ -240,7 +253,8 @@ class Run:
         new = not self.folder.exists()
         try:
             runs.make_folder(self.folder)
-            with written_whole(self.folder / ("config.yaml" if new else "config_resumed.yaml")) as temporary:
+            first = not (self.folder / "config.yaml").exists()
+            with written_whole(self.folder / ("config.yaml" if first else "config_resumed.yaml")) as temporary:
                 temporary.write_text(self.config)
             self.data.prepare_data()
             self.data.setup("fit")
@@ -260,6 +274,10 @@ class Run:
             highlight=False,
             soft_wrap=True,
         )
+        if self.anew:
+            self.console.print("this run was stopped before its first checkpoint, and begins anew", highlight=False)
+        if self.weights is not None:
+            self.console.print(f"begins with the weights of {self.weights}", highlight=False, soft_wrap=True)
         if isinstance(self.model, PretrainedClassifier):
             self.console.print(self.model.origin(), highlight=False, soft_wrap=True)
 
@@ -267,9 +285,13 @@ class Run:
         """To the end; leaves ``last.ckpt`` as it is then."""
         ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path, weights_only=True)
-        self.save_last.save(self.trainer, self.module)
+        if self.monitor.trained or self.save_last.stale:  # else it was trained to the end before
+            self.save_last.save(self.trainer, self.module)
+        self.save_last.agree(self.trainer)
         if self.save_last.interrupted:  # during the last step, after which there was no other to stop at
-            raise RunInterrupted(f"interrupted at step {self.trainer.global_step}, the last one")
+            raise RunInterrupted(
+                f"interrupted at step {self.trainer.global_step}, the last one", self.save_last.received
+            )
 
     def report(self) -> dict[str, Any]:
         """Test the final and the best model, write and print the summary."""
@@ -364,7 +386,10 @@ def _make_model(args: Namespace, data: SequenceDataModule) -> SequenceClassifier
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """The command. Bad input ends it with a sentence and exit status 2, Ctrl-C with 130."""
+    """The command. Bad input ends it with a sentence and exit status 2, a signal with 128 and its number.
+
+    Where nothing can be written any more, or numbers are no longer finite, the status is 1.
+    """
     argv = sys.argv[1:] if argv is None else argv
     console = Console()
     _quiet_lightning()
@@ -377,21 +402,47 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         _fail("interrupted before the first step; nothing was begun", 130)
     try:
         run.train()
+        return run.report()
     except RunInterrupted as stop:
-        where = f"; go on with --ckpt_path {run.last} (or --ckpt_path last)" if run.last.is_file() else ""
-        _fail(f"{stop}{where}", 130)
+        _stop(str(stop), stop.received, run)
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of signals
+        _stop("stopped at once", run.save_last.received, run)
     except FloatingPointError as error:
-        kept = f"; the last good checkpoint is {run.last}" if run.last.is_file() else ""
-        _fail(f"{error}{kept}", 1)
+        _fail(f"{error}{_kept(run)}", 1)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        reason = f"nothing can be written to {run.folder} ({error.strerror})" if error.strerror else str(error)
+        _fail(f"{reason}{_kept(run)}", 1)
     except (ValueError, MisconfigurationException) as error:
         if run.monitor.trained:  # not a matter of settings, then
             raise
         logger.debug("refused before the first step", exc_info=True)
         _fail(" ".join(str(error).split()), 2)
+
+
+def _kept(run: Run) -> str:
+    return f"; the last good checkpoint is {run.last}" if run.last.is_file() else ""
+
+
+def _stop(sentence: str, received: int, run: Run) -> NoReturn:
+    """Leave with the status that shells give to this signal; SIGUSR1 is SLURM's, and has the job started again."""
+    where = f"; go on with --ckpt_path {run.last} (or --ckpt_path last)" if run.last.is_file() else ""
+    print(f"sat.train: {sentence}{where}", file=sys.stderr, flush=True)
+    if received == signal.SIGUSR1 and run.trainer.is_global_zero:
+        _requeue()
+    raise SystemExit(128 + received)
+
+
+def _requeue() -> None:
+    """Ask SLURM to start this job again; it ends the job for that, so nothing is left to do afterwards."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
     try:
-        return run.report()
-    except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
-        _fail(f"interrupted while testing; the trained model is {run.last}", 130)
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        print(f"sat.train: the job {job} is not queued again ({reason}); queue it yourself", file=sys.stderr)
 
 
 def _check_trainer_options(options: Namespace) -> None:

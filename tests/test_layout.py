@@ -98,7 +98,7 @@ class TestFiles:
         def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("sat.layout.save_file", full)
+        monkeypatch.setattr("sat.files.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             layout("##", "##").save(path)
         assert BlockLayout.load(path) == old

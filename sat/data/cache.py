@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from sat.files import save_tensors
 
 FORMAT = "sat.data"
 FORMAT_VERSION = 1
@@ -49,6 +50,7 @@ def cached(cache_dir: Path, name: str, identity: object, prepare: Callable[[], P
 
     Raises:
         PermissionError: nothing can be written to the cache folder.
+        OSError: its disk is full.
     """
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, name, identity]).encode()).hexdigest()[:20]
     file = cache_dir / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{digest}.safetensors"
@@ -57,21 +59,18 @@ def cached(cache_dir: Path, name: str, identity: object, prepare: Callable[[], P
             return _read(file)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s is damaged (%s); %s is prepared anew", file, error, name)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # before the work, not after it
+        probe = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        probe.touch()  # before the work, not after it
+        probe.unlink()
     except OSError as error:
         raise PermissionError(
             f"the prepared copy of {name} cannot be written to {cache_dir} ({error.strerror}); pass a writable folder "
             f"as --data.cache_dir"
         ) from error
-    try:
-        prepared = prepare()
-        _write(temporary, prepared)
-        temporary.replace(file)  # whole or not at all
-    finally:
-        temporary.unlink(missing_ok=True)
+    prepared = prepare()
+    _write(file, prepared)
     logger.info("prepared %s, kept in %s", name, file)
     return prepared
 
@@ -83,7 +82,7 @@ def _write(file: Path, prepared: Prepared) -> None:
         "class_names": json.dumps(prepared.class_names),
         "checksums": json.dumps({key: _checksum(value) for key, value in tensors.items()}),
     }
-    save_file(tensors, file, metadata=metadata)
+    save_tensors(tensors, file, metadata)
 
 
 def _read(file: Path) -> Prepared:

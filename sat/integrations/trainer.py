@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sat import ops
 from sat.attention import AdaptiveAttention
-from sat.files import written_whole
+from sat.files import save_state
 from sat.integrations.transformers import prepare
 from sat.ops import AttentionStatistics
 from sat.sparsity import SparsityPhases, skewness
@@ -99,8 +99,7 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         """Keep the state in the Trainer's checkpoint; the layouts lie there already, beside the weights."""
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and folder.is_dir():
-            with written_whole(folder / STATE_FILE) as temporary:
-                torch.save(self.state_dict(), temporary)
+            save_state(self.state_dict(), folder / STATE_FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

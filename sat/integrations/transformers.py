@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sat import ops
 from sat.attention import AdaptiveAttention
-from sat.files import written_whole
+from sat.files import save_tensors
 from sat.layout import BlockLayout
 from sat.ops import checks
 from sat.ops.autocast import as_autocast_does
@@ -181,8 +180,7 @@ def save_layouts(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None
     }
     masks = {_base_name(model, name): state.layout_mask.cpu().contiguous() for name, state in states.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with written_whole(Path(folder) / LAYOUTS_FILE) as temporary:
-        save_file(masks, temporary, metadata=metadata)
+    save_tensors(masks, Path(folder) / LAYOUTS_FILE, metadata)
 
 
 def load_layouts(model: PreTrainedModel, name_or_path: str | os.PathLike[str]) -> dict[str, AdaptiveAttention]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # the type only: importing the operators would load Triton
 
 logger = logging.getLogger(__name__)
 
+# Of what state_dict() gives. States without a version are older than the first release, and alike.
+STATE_VERSION = 1
+
 
 class Attention(Protocol):
     """What an attention module must have; :class:`sat.attention.AdaptiveAttention` has it."""
@@ -305,6 +308,7 @@ class SparsityPhases:
         if self.controller is None:
             return {}
         return {
+            "version": STATE_VERSION,
             "controller": self.controller.state_dict(),
             "transitions": [{**t._asdict(), "layout": t.layout.mask} for t in self.transitions],
             "history": self.history,
@@ -312,9 +316,18 @@ class SparsityPhases:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: it is of a newer version, or of a training with other settings.
+        """
         if self.controller is None or not state_dict:
             return
+        if (version := state_dict.get("version", STATE_VERSION)) > STATE_VERSION:
+            raise ValueError(
+                f"the saved state of {type(self).__name__} has version {version}, this version of SAT reads up to "
+                f"{STATE_VERSION}; upgrade SAT to go on with it"
+            )
         self.controller.load_state_dict(state_dict["controller"])
         size = self.controller.block_size
         self.transitions = [
