@@ -34,7 +34,6 @@ def start(folder: Path, arguments: list[str], *faults: Fault) -> Any:
 
     A fault is the name of a function below and its arguments.
     """
-    # The forkserver must find the tests, and its children need no threads beside each other.
     process = PREPARED.Process(target=_train, args=(folder, arguments, faults))
     process.start()
     return process
@@ -96,6 +95,11 @@ def _before(target: str, number: int, act: Callable[[], None]) -> None:
     setattr(holder, name, called)
 
 
+def environment(variables: dict[str, str]) -> None:
+    """Set environment variables."""
+    os.environ.update(variables)
+
+
 def send(target: str, number: int, received: int) -> None:
     """The process gets a signal before the ``number``-th call of a function."""
     _before(target, number, lambda: os.kill(os.getpid(), received))
@@ -111,7 +115,7 @@ def killed_at_write(pattern: str, number: int, half: bool) -> None:
             seen += 1
             if seen == number:
                 if half:
-                    os.truncate(args[0], os.path.getsize(args[0]) // 2)
+                    os.truncate(args[0], Path(args[0]).stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -159,7 +163,7 @@ WRITING = ("open", "os.rename", "os.remove", "os.mkdir")
 def _writes(event: str, args: tuple[Any, ...]) -> bool:
     if isinstance(args[0], int):
         return False
-    below = os.path.abspath(os.fsdecode(args[0])).startswith(os.getcwd() + os.sep)
+    below = Path(os.fsdecode(args[0])).absolute().is_relative_to(Path.cwd())
     return below and (event != "open" or bool(args[2] & (os.O_WRONLY | os.O_RDWR)))
 
 
@@ -183,11 +187,11 @@ def small_disk(folder: str, size: int) -> None:
         Path("/proc/self/uid_map").write_text(f"0 {ids[0]} 1")
         Path("/proc/self/gid_map").write_text(f"0 {ids[1]} 1")
     _call(libc.mount, b"none", b"/", None, MS_REC | MS_PRIVATE, None)
-    place = os.path.abspath(folder)
-    saved = f"{place}_before"
-    Path(place).mkdir(exist_ok=True)
+    place = Path(folder).absolute()
+    saved = place.with_name(f"{folder}_before")
+    place.mkdir(exist_ok=True)
     shutil.copytree(place, saved)
-    _call(libc.mount, b"tmpfs", place.encode(), b"tmpfs", 0, f"size={size}".encode())
+    _call(libc.mount, b"tmpfs", bytes(place), b"tmpfs", 0, f"size={size}".encode())
     shutil.copytree(saved, place, dirs_exist_ok=True)
     shutil.rmtree(saved)
 
@@ -195,14 +199,14 @@ def small_disk(folder: str, size: int) -> None:
 def read_only(folder: str) -> None:
     """Let that disk be read only."""
     libc = ctypes.CDLL(None, use_errno=True)
-    _call(libc.mount, b"tmpfs", os.path.abspath(folder).encode(), b"tmpfs", MS_REMOUNT | MS_RDONLY, None)
+    _call(libc.mount, b"tmpfs", bytes(Path(folder).absolute()), b"tmpfs", MS_REMOUNT | MS_RDONLY, None)
 
 
 def full_at(folder: str, target: str, number: int) -> None:
     """Fill that disk to its last bytes before the ``number``-th call of a function."""
 
     def fill() -> None:
-        with suppress(OSError), open(Path(folder) / "filler", "wb", buffering=0) as file:
+        with suppress(OSError), (Path(folder) / "filler").open("wb", buffering=0) as file:
             for size in (1 << 16, 1 << 9, 1):
                 with suppress(OSError):
                     while file.write(bytes(size)):

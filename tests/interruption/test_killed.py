@@ -44,7 +44,6 @@ def test_killed_at_a_chosen_moment(whole: Path, place: Path, fault: processes.Fa
     assert not list((place / "runs").rglob(".*.tmp"))
 
 
-
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(50))
 def test_killed_at_a_random_moment(whole: Path, place: Path, seed: int):
