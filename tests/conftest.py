@@ -31,6 +31,15 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what a whole run of the long tests came to."""
+    from tests import long_record
+
+    if long_record.is_whole(config):
+        config.pluginmanager.register(long_record.LongRecord())
+
+
 # The first run of a Triton or torch.compile test takes as long as its compilation; and a test that fails, fails again.
 settings.register_profile("sat", deadline=None, derandomize=True)
 settings.load_profile("sat")
