@@ -22,6 +22,7 @@ from typing import Any
 PREPARED = multiprocessing.get_context("forkserver")
 PREPARED.set_forkserver_preload(["sat.train", "tests.interruption.processes"])
 
+ROOT = Path(__file__).parents[2]
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 32, 16384, 1 << 18
 NOT_PERMITTED = 77
@@ -56,6 +57,7 @@ def _train(folder: Path, arguments: list[str], faults: tuple[Fault, ...]) -> Non
 
     from sat import monitor, train
 
+    assert Path(train.__file__).is_relative_to(ROOT), f"{train.__file__} is not what is to be tested; start from {ROOT}"
     torch.set_num_threads(1)
     monitor.SaveLast.__init__.__defaults__ = (3,)  # saves every three steps, not every hundred
     status = 1
