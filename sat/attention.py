@@ -62,6 +62,7 @@ class AdaptiveAttention(nn.Module):
         self._is_sparse = False  # what the buffer says, readable without waiting for the device
         self._current: tuple[tuple, BlockLayout] | None = None
         self.observe_samples = 0
+        self.observed_samples = 0  # how many there were
         self.statistics: ops.AttentionStatistics | None = None
         # While it is there, backward passes leave the blocks' sensitivity as its gradient. No parameter, no buffer.
         self.block_gate: Tensor | None = None
@@ -200,6 +201,7 @@ class AdaptiveAttention(nn.Module):
     ) -> None:
         """Leave the statistics of the first ``observe_samples`` samples in ``statistics``; arguments as in forward."""
         first = slice(self.observe_samples)
+        self.observed_samples = len(query[first])
         statistics = ops.attention_statistics(
             query[first],
             key[first],

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.utilities.data import extract_batch_size
 
 from sat.attention import AdaptiveAttention
-from sat.ops import AttentionStatistics
-from sat.sparsity import SparsityPhases, skewness
+from sat.sparsity import SparsityPhases
 
 
 class AdaptiveSparsity(SparsityPhases, Callback):
     """Trains densely until the attention's statistics have settled, then gives every layer its block layout.
 
     Works in any LightningModule whose attention is :class:`sat.attention.AdaptiveAttention`. Its state lies in
-    Lightning's checkpoints; a resumed run makes the decisions of one that was never interrupted. The arguments are
-    those of :class:`sat.sparsity.SparsityPhases`.
+    Lightning's checkpoints; a resumed run makes the decisions of one that was never interrupted. With several processes
+    (``ddp``, or FSDP2 by ``ModelParallelStrategy``) all decide alike, as one process with the whole batch would. The
+    arguments are those of :class:`sat.sparsity.SparsityPhases`.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -26,7 +25,9 @@ class AdaptiveSparsity(SparsityPhases, Callback):
         if stage == "fit":
             modules = pl_module.named_modules()
             attentions = {name: module for name, module in modules if isinstance(module, AdaptiveAttention)}
-            self.attach(type(pl_module).__name__, attentions)
+            _refuse_tensor_parallelism(pl_module)
+            ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+            self.attach(type(pl_module).__name__, attentions, **ranks)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the learning-rate factor act on every optimizer."""
@@ -46,13 +47,15 @@ class AdaptiveSparsity(SparsityPhases, Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the dense layers for statistics, at every ``interval``-th optimizer step."""
-        self.before_batch(ends_optimizer_step(trainer, batch_idx))
+        accumulated = trainer.accumulate_grad_batches
+        alone = trainer.world_size * accumulated == 1  # then nobody asks how many sequences a batch of any kind has
+        self.before_batch(1 if alone else extract_batch_size(batch), batch_idx % accumulated == 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Hand the statistics to the controller and put its layouts in place."""
-        values = self.after_batch(ends_optimizer_step(trainer, batch_idx), lambda x: _mean_over_ranks(trainer, x))
+        values = self.after_batch(ends_optimizer_step(trainer, batch_idx))
         if values is not None:
             for each in trainer.loggers:
                 each.log_metrics(values, step=self.history[-1]["step"] - 1)  # as Lightning numbers this step's metrics
@@ -63,18 +66,12 @@ def ends_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
-def _mean_over_ranks(trainer: Trainer, statistics: AttentionStatistics) -> AttentionStatistics:
-    """The same statistics on every rank, so that all reach the same layouts."""
-    if trainer.world_size == 1:
-        return statistics
-    assert statistics.score_matrix is not None
-    pooled, matrix = (_reduce(trainer, x) for x in (statistics.pooled, statistics.score_matrix))
-    # Of the mean matrix; the mean of the ranks' skewnesses would be another number.
-    sensitivity = None if (x := statistics.sensitivity) is None else _reduce(trainer, x)
-    return AttentionStatistics(pooled, skewness(matrix).float(), matrix, sensitivity)
-
-
-def _reduce(trainer: Trainer, x: Tensor) -> Tensor:
-    reduced = trainer.strategy.reduce(x.clone(), reduce_op="mean")
-    assert isinstance(reduced, torch.Tensor)
-    return reduced
+def _refuse_tensor_parallelism(module: LightningModule) -> None:
+    mesh = module.device_mesh
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    if mesh is not None and "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            f"AdaptiveSparsity takes the samples of all ranks for different ones, but tensor_parallel_size="
+            f"{mesh['tensor_parallel'].size()} gives several ranks the same; use "
+            f"ModelParallelStrategy(data_parallel_size={mesh.size()}, tensor_parallel_size=1)"
+        )

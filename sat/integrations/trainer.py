@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sat import ops
 from sat.attention import AdaptiveAttention
 from sat.files import written_whole
 from sat.integrations.transformers import prepare
-from sat.ops import AttentionStatistics
-from sat.sparsity import SparsityPhases, skewness
+from sat.sparsity import SparsityPhases
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +56,7 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         if not attentions:
             prepare(model, self.seq_len, self.block_size, backend=self.backend)
             attentions = _attentions(model)
-        self.attach(type(model).__name__, attentions)
+        self.attach(type(model).__name__, attentions, rank=args.process_index, world_size=args.world_size)
         if state.global_step > 0:
             self._resume(_checkpoint(args, state))
             self._check_history(state)
@@ -69,13 +67,20 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask the dense layers for statistics, at every ``interval``-th step; the last micro-batch's count."""
-        self.before_batch(ends_step=True)
+        """Ask the dense layers for statistics, at every ``interval``-th step."""
+        self.before_batch(args.train_batch_size)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Between two batches of a gradient accumulation."""
+        self.after_batch(ends_step=False)
+        self.before_batch(args.train_batch_size, begins_step=False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hand the statistics to the controller and put its layouts in place."""
         before = len(self.transitions)
-        values = self.after_batch(ends_step=True, mean=_mean_over_processes)
+        values = self.after_batch(ends_step=True)
         if values is not None:
             state.log_history.append({**values, "step": state.global_step})
         for transition in self.transitions[before:]:
@@ -140,19 +145,3 @@ def _attentions(model: nn.Module) -> dict[str, AdaptiveAttention]:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-
-
-def _mean_over_processes(statistics: AttentionStatistics) -> AttentionStatistics:
-    """The same statistics in every process, so that all reach the same layouts."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return statistics
-    assert statistics.score_matrix is not None
-    pooled, matrix = (_mean(x) for x in (statistics.pooled, statistics.score_matrix))
-    sensitivity = None if (x := statistics.sensitivity) is None else _mean(x)
-    return AttentionStatistics(pooled, skewness(matrix).float(), matrix, sensitivity)
-
-
-def _mean(x: Tensor) -> Tensor:
-    total = x.clone()
-    torch.distributed.all_reduce(total)
-    return total / torch.distributed.get_world_size()

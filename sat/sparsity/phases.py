@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from sat.layout import BlockLayout
 from sat.sparsity.controller import SparsityController, Transition
 from sat.sparsity.masks import MaskName
+from sat.sparsity.processes import Observed, check_same_layouts, mean_over_processes, merged
 
 if TYPE_CHECKING:  # the type only: importing the operators would load Triton
     from sat.ops.types import AttentionStatistics
@@ -33,6 +34,7 @@ class Attention(Protocol):
     block_size: int
     is_causal: bool
     observe_samples: int
+    observed_samples: int
     statistics: AttentionStatistics | None
     layout_mask: Tensor
     block_gate: Tensor | None
@@ -76,7 +78,8 @@ class SparsityPhases:
         min_dense_steps: no transition before this step.
         max_dense_steps: transition at this step even if the rule does not hold; null waits without end.
         interval: optimizer steps between observations.
-        samples: sequences of the batch that an observation looks at.
+        samples: sequences that an observation looks at: the first of the whole batch of an optimizer step, which is
+            made of the batches of all processes, in the order of their ranks, once for each batch of an accumulation.
         lr_factor: factor of the learning rate once every layer is sparse (the paper halves it).
         seed: of the masks' initial values.
 
@@ -152,6 +155,9 @@ class SparsityPhases:
         self.transitions: list[Transition] = []
         self.history: list[dict[str, Any]] = []
         self._steps = 0  # optimizer steps; trainer.global_step counts those of every optimizer
+        self._rank, self._world_size = 0, 1
+        self._passed = 0  # sequences of the whole batch that earlier batches of the accumulation had, in all processes
+        self._observed: dict[int, Observed] = {}  # so far in this optimizer step
         self._unscaled: dict[Optimizer, list[Any]] = {}
         self._hooks: list[Any] = []
 
@@ -165,12 +171,19 @@ class SparsityPhases:
         """Whether every layer has left the dense phase."""
         return self.controller is not None and self.controller.all_sparse
 
-    def attach(self, model: str, attentions: Mapping[str, Attention]) -> None:
+    def attach(self, model: str, attentions: Mapping[str, Attention], *, rank: int = 0, world_size: int = 1) -> None:
         """Take charge of the attention modules of a model, by name; the same ones again go on where they are.
+
+        Args:
+            model: its name, for messages.
+            attentions: by name.
+            rank: of this process among those that share the batch of a step.
+            world_size: how many these are; more than one make up torch.distributed's default process group.
 
         Raises:
             ValueError: there are none, or they are not of one kind.
         """
+        self._rank, self._world_size = rank, world_size
         if self.controller is not None and [*map(id, attentions.values())] == [*map(id, self.attentions.values())]:
             return
         self.attentions, self.transitions, self.history, self._steps = dict(attentions), [], [], 0
@@ -198,6 +211,7 @@ class SparsityPhases:
 
         Raises:
             ValueError: a module is in another phase than its layer in the controller.
+            RuntimeError: another process has other layouts.
         """
         assert self.controller is not None
         for index, (name, attention) in enumerate(self.attentions.items()):
@@ -207,6 +221,11 @@ class SparsityPhases:
                     f"{name} is {state}, but the state of {type(self).__name__} says otherwise; resume from a "
                     f"checkpoint that was trained with this callback, or start densely with set_layout(None)"
                 )
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        if self._world_size > 1:
+            check_same_layouts({name: attention.layout for name, attention in self.attentions.items()}, self._steps)
 
     # The learning rate.
 
@@ -241,43 +260,60 @@ class SparsityPhases:
 
     # What happens.
 
-    def before_batch(self, ends_step: bool) -> None:
-        """Ask the dense layers for statistics, if an optimizer step ends with this batch that is an ``interval``-th."""
+    def before_batch(self, sequences: int, begins_step: bool = True) -> None:
+        """Ask the dense layers for statistics, if this batch is part of an ``interval``-th optimizer step.
+
+        Args:
+            sequences: in this batch; 1 will do where a single process takes a step with each batch.
+            begins_step: whether it is the first batch of an accumulation.
+        """
         assert self.controller is not None
-        observes = ends_step and (self._steps + 1) % self.interval == 0
+        if begins_step:
+            self._passed, self._observed = 0, {}
+        wanted = 0
+        if (self._steps + 1) % self.interval == 0:
+            wanted = max(0, self.samples - self._passed - self._rank * sequences)
+        self._passed += self._world_size * sequences
         for index, attention in enumerate(self.attentions.values()):
-            watched = observes and self.controller.phase(index) == "dense"
-            attention.observe_samples = self.samples if watched else 0
+            watched = wanted > 0 and self.controller.phase(index) == "dense"
+            attention.observe_samples = wanted if watched else 0
             attention.statistics = attention.block_gate = None
             if watched and self.controller.mask == "fisher":
                 grid = attention.layout_mask
                 attention.block_gate = torch.zeros(grid.shape, device=grid.device, requires_grad=True)
 
-    def after_batch(
-        self, ends_step: bool, mean: Callable[[AttentionStatistics], AttentionStatistics] = lambda x: x
-    ) -> dict[str, float] | None:
-        """Hand the statistics to the controller and put its layouts in place.
+    def after_batch(self, ends_step: bool) -> dict[str, float] | None:
+        """Collect the statistics; at the end of a step, hand them to the controller and put its layouts in place.
 
         Args:
             ends_step: whether an optimizer step ended with this batch.
-            mean: of one layer's statistics over all processes.
 
         Returns:
             What was observed, by names for a logger; None where nothing was. New ``transitions`` are at the end of the
             list of that name.
+
+        Raises:
+            RuntimeError: the processes have come to different layouts.
         """
         assert self.controller is not None
-        self._steps += ends_step
-        statistics = {}
         attentions = list(self.attentions.values())
         for index, attention in enumerate(attentions):
             attention.observe_samples = 0
             if attention.statistics is not None:
                 gradient = None if attention.block_gate is None else attention.block_gate.grad
-                statistics[index] = mean(attention.statistics._replace(sensitivity=gradient))
+                part = Observed(attention.observed_samples, attention.statistics._replace(sensitivity=gradient))
+                self._observed[index] = merged(self._observed.get(index), part)
                 attention.statistics = attention.block_gate = None
-        if not statistics:
+        self._steps += ends_step
+        # All processes know alike whether this is an observation, though not all may have looked at something.
+        if not ends_step or self._steps % self.interval or self.all_sparse:
             return None
+        if self._world_size > 1:
+            device = attentions[0].layout_mask.device
+            statistics = mean_over_processes(self._observed, self.controller.dense_layers, device)
+        else:
+            statistics = {index: part.statistics for index, part in self._observed.items()}
+        self._observed = {}
         step = self._steps
         absent = sorted(set(self.controller.dense_layers) - set(statistics))
         if absent:  # layers that are skipped at random, say
@@ -286,10 +322,11 @@ class SparsityPhases:
         transitions = self.controller.observe(step, statistics)
         for transition in transitions:
             attentions[transition.layer].set_layout(transition.layout)
-            if transition.forced:
+            if transition.forced and self._rank == 0:
                 reason = transition.missing or "this layer was ready, but others were not"
                 logger.warning("layer %d was made sparse at step %d by max_dense_steps; missing: %s",
                                transition.layer, step, reason)  # fmt: skip
+        self._check_processes()
         self.transitions += transitions
         record: dict[str, Any] = {"step": step, "layers": [dict(layer) for layer in self.controller.latest]}
         self.history.append(record)
