@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy
 
 from sat.baselines import fingerprint
@@ -155,6 +156,16 @@ class ClassificationModule(LightningModule):
                     f"trainer.max_steps (or max_epochs) that it was started with"
                 )
 
+    def configure_model(self) -> None:
+        """Under ``ModelParallelStrategy``: divide the parameters, layer by layer, among the processes (FSDP2)."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        if (layers := _layers(self.model)) is not None:
+            for layer in layers[1]:
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and OneCycle over the whole training, linear both ways."""
         groups = parameter_groups(self.model, self.lr, self.layer_decay)
@@ -192,14 +203,14 @@ def parameter_groups(model: nn.Module, lr: float, layer_decay: float) -> list[di
         raise ValueError(f"no parameter of {type(model).__name__} is trainable; leave some of them unfrozen")
     if layer_decay == 1:
         return [{"params": list(trainable.values()), "lr": lr}]
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    if not lists:
+    found = _layers(model)
+    if found is None:
         raise ValueError(
             f"layer_decay={layer_decay} needs layers, but {type(model).__name__} has no torch.nn.ModuleList; set "
             f"layer_decay to 1"
         )
-    prefix = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    top = len(lists[prefix]) + 1
+    prefix, layers = found
+    top = len(layers) + 1
     groups: dict[int, list[nn.Parameter]] = {}
     depth = 0
     for name, parameter in model.named_parameters():
@@ -212,3 +223,9 @@ def parameter_groups(model: nn.Module, lr: float, layer_decay: float) -> list[di
     return [
         {"params": parameters, "lr": lr * layer_decay ** (top - depth)} for depth, parameters in sorted(groups.items())
     ]
+
+
+def _layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Name and value of the ``nn.ModuleList`` with the most parameters, if there is any."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()), default=None)

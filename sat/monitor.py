@@ -10,12 +10,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sat.callback import AdaptiveSparsity, ends_optimizer_step
 
@@ -136,7 +139,7 @@ class Monitor(Callback):
 
     @torch.no_grad()
     def _accuracy(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """Share of right answers on the first validation batches; draws no random numbers."""
+        """Share of right answers on the first validation batches of all processes; draws no random numbers."""
         right = total = 0
         pl_module.eval()
         for index, batch in enumerate(trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
@@ -147,6 +150,8 @@ class Monitor(Callback):
             right += int((logits.argmax(1) == batch["labels"]).sum())
             total += len(logits)
         pl_module.train()
+        counts = torch.tensor([right, total], device=pl_module.device)
+        right, total = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         return right / max(total, 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,31 +193,51 @@ def transition_table(transitions: list[Any]) -> Table:
 
 
 class ExactResume(Callback):
-    """Keeps PyTorch's random state in checkpoints, so that a resumed run draws what the whole run would have drawn."""
+    """Keeps PyTorch's random state in checkpoints, so that a resumed run draws what the whole run would have drawn.
+
+    Of all processes, which draw different numbers. A run that goes on in more of them than before seeds those that are
+    new by its seed, the step and their rank.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._state: dict[str, Any] | None = None
+        self._states: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The generators' states, as byte tensors."""
+        """The generators' states, as byte tensors; with several processes by rank. Called in all of them."""
         state: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
-        return state
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return state
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, state)
+        return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until training starts."""
-        self._state = state_dict
+        self._states = state_dict.get("ranks", [state_dict])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing draws between here and the first step."""
-        if self._state is None:
-            return
-        torch.set_rng_state(self._state["cpu"].cpu())
-        if "cuda" in self._state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self._state["cuda"].cpu())
-        self._state = None
+        rank = trainer.global_rank
+        if rank < len(self._states):
+            state = self._states[rank]
+            torch.set_rng_state(state["cpu"].cpu())
+            if "cuda" in state and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["cuda"].cpu())
+        elif rank > 0:  # all have started from one seed, and would drop the same features
+            words = np.random.SeedSequence([torch.initial_seed(), trainer.global_step, rank]).generate_state(2)
+            torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+        self._states = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep how a step's samples are divided, which the position in the data is counted by."""
+        checkpoint["processes"] = {
+            "count": trainer.world_size,
+            "batch_size": trainer.datamodule.batch_size,  # type: ignore[attr-defined]
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        }
 
 
 class RunInterrupted(Exception):
@@ -259,18 +284,22 @@ class SaveLast(Callback):
         Raises:
             FloatingPointError: a weight is NaN or infinite; the last good checkpoint stays.
         """
-        for name, parameter in pl_module.named_parameters():
-            if not parameter.isfinite().all():
-                raise FloatingPointError(
-                    f"{name} has become NaN or infinite by step {trainer.global_step}, though the loss was finite; "
-                    f"the run stops. A smaller optimizer.lr or trainer.precision=32-true may help"
-                )
+        weights = pl_module.named_parameters()
+        bad = next((name for name, weight in weights if not _local(weight).isfinite().all()), None)
+        if not trainer.strategy.reduce_boolean_decision(bad is None):
+            raise FloatingPointError(
+                f"{bad or 'a weight of another process'} has become NaN or infinite by step {trainer.global_step}, "
+                f"though the loss was finite; the run stops. A smaller optimizer.lr or trainer.precision=32-true may "
+                f"help"
+            )
         trainer.save_checkpoint(self.path)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save, if it is time or Ctrl-C was pressed. Must be the first callback: nothing of this step has happened."""
         step = trainer.global_step
         between_steps = batch_idx % trainer.accumulate_grad_batches == 0
+        if between_steps and trainer.world_size > 1:  # one process may have heard of it a step before another
+            self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
         due = step >= self._saved_at + self.every_n_steps or (self.interrupted and step > self._saved_at)
         if due and between_steps:
             # This batch has been counted as fetched already, but a resumed run has yet to fetch it.
@@ -283,6 +312,11 @@ class SaveLast(Callback):
             self._saved_at = step
         if self.interrupted and between_steps:
             raise RunInterrupted(f"interrupted at step {step}")
+
+
+def _local(weight: Tensor) -> Tensor:
+    """The part of a weight that this process has: under FSDP2 not all of it."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def status(trainer: Trainer, monitor: Monitor) -> str:

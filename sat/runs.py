@@ -183,6 +183,36 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
             )
 
 
+def check_processes(path: Path, trainer: Trainer, batch_size: int) -> None:
+    """That a run that goes on in another number of processes goes on with the same samples at each step.
+
+    Args:
+        path: its checkpoint, which :func:`check_checkpoint` has found good.
+        trainer: that of the run that goes on.
+        batch_size: samples a batch, per process, in that run.
+
+    Raises:
+        ValueError: it does not, with the settings that would.
+    """
+    was = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("processes")
+    if was is None or was["count"] == trainer.world_size:
+        return
+    if was["accumulate_grad_batches"] != trainer.accumulate_grad_batches:
+        raise ValueError(
+            f"{path} was trained with trainer.accumulate_grad_batches={was['accumulate_grad_batches']}, this run has "
+            f"{trainer.accumulate_grad_batches}; in another number of processes a run goes on with the same"
+        )
+    together = was["count"] * was["batch_size"]
+    if together != trainer.world_size * batch_size:
+        fitting, rest = divmod(together, trainer.world_size)
+        advice = f"a number of processes that divides {together}" if rest else f"--data.batch_size {fitting}"
+        raise ValueError(
+            f"{path} was trained on {together} samples at a time, {was['batch_size']} in each of {was['count']} "
+            f"process{'es' * (was['count'] > 1)}, this run has {batch_size} in each of {trainer.world_size}; go on "
+            f"with {advice}"
+        )
+
+
 # Results
 
 
@@ -250,6 +280,7 @@ def summarize(
         "attention_options": model.attention_options,
         "density": round(sum(layout.density for layout in layouts) / len(layouts), 4) if layouts else None,
         "steps": trainer.global_step,
+        "processes": trainer.world_size,
         "device": torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{_processor()}, {torch.get_num_threads()} threads",

@@ -6,20 +6,28 @@ import argparse
 import contextlib
 import logging
 import shutil
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from sat import runs
 from sat.attention import AdaptiveAttention
@@ -29,6 +37,7 @@ from sat.files import written_whole
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
 from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast
+from sat.sparsity import LayoutsDiffer
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +95,9 @@ def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
     parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to go on from; 'last': of the newest run")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, dropout and data order")
     parser.add_argument("--compile", type=bool, default=False, help="compile the model with torch.compile")
+    parser.add_argument(
+        "--process_timeout", type=int, default=600, help="seconds that processes wait for one another before they stop"
+    )
     parser.add_argument("--data.name", type=str, required=True, help=f"data set: {', '.join(DATASETS)}")
     parser.add_class_arguments(DATASETS[data_name], "data", skip={"seed"})
     model = PretrainedClassifier if pretrained else SequenceClassifier
@@ -94,7 +106,9 @@ def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
     parser.add_class_arguments(AdaptiveSparsity, "sparsity", skip={"seed"})
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP)
     parser.add_argument("--trainer.accelerator", type=str, default="auto", help="auto, cpu, gpu or mps")
-    parser.add_argument("--trainer.strategy", type=str, default="auto", help="Lightning's name of a strategy")
+    parser.add_argument(
+        "--trainer.strategy", type=str, default="auto", help="auto, ddp, fsdp2, or another of Lightning's names"
+    )
     return parser
 
 
@@ -183,8 +197,11 @@ class Run:
             enable_version_counter=False,
             save_on_train_epoch_end=False,  # at the end of validation, whether or not an epoch ends there
         )
+        options = args.trainer.as_dict()
+        if options["strategy"] == "fsdp2":
+            options["strategy"] = FullySharded()
         self.trainer = Trainer(
-            **args.trainer.as_dict(),
+            **options,
             logger=[
                 CSVLogger(self.folder, name="csv"),
                 TensorBoardLogger(self.folder, name="tensorboard", version=""),
@@ -195,6 +212,11 @@ class Run:
             enable_progress_bar=False,  # ours counts steps
             default_root_dir=self.folder,
         )
+        if hasattr(self.trainer.strategy, "_timeout"):  # there is no other way to it where Lightning chooses
+            self.trainer.strategy._timeout = timedelta(seconds=args.process_timeout)
+        console.quiet = self.trainer.global_rank > 0
+        if checkpoint is not None:
+            runs.check_processes(checkpoint, self.trainer, data.batch_size)
 
     def _make_sparsity(self, args: Namespace) -> AdaptiveSparsity | None:
         """What switches the model to sparse attention, if it learns layouts at all."""
@@ -233,10 +255,29 @@ class Run:
         """In the order in which they act at the end of a step."""
         progress = (BarProgress if self.console.is_terminal else LineProgress)(self.monitor, self.console)
         sparsity = [self.sparsity] if self.sparsity else []
-        return [self.save_last, *sparsity, self.monitor, progress, ExactResume(), self.best]
+        return [_OneRun(self), self.save_last, *sparsity, self.monitor, progress, ExactResume(), self.best]
+
+    def agree(self) -> None:
+        """Let all processes work in the folder, and go on from the checkpoint, that rank 0 has chosen.
+
+        Raises:
+            ValueError: this process has found another checkpoint.
+        """
+        checkpoint, self.folder = self.trainer.strategy.broadcast((self.checkpoint, self.folder))
+        if checkpoint != self.checkpoint:
+            raise ValueError(
+                f"--ckpt_path found {self.checkpoint} in this process and {checkpoint} in that of rank 0; give the "
+                f"path of one checkpoint, on a disk that all machines share"
+            )
+        self.last = self.save_last.path = self.folder / "checkpoints" / "last.ckpt"
 
     def prepare(self) -> None:
-        """Make the run's folder and read the data; a new folder does not outlive a failure."""
+        """Make the run's folder and read the data; a new folder does not outlive a failure.
+
+        In rank 0; the other processes read the data when it has been prepared.
+        """
+        if self.trainer.global_rank > 0:
+            return
         new = not self.folder.exists()
         try:
             runs.make_folder(self.folder)
@@ -272,13 +313,18 @@ class Run:
             raise RunInterrupted(f"interrupted at step {self.trainer.global_step}, the last one")
 
     def report(self) -> dict[str, Any]:
-        """Test the final and the best model, write and print the summary."""
+        """Test the final and the best model, write and print the summary; all processes test, rank 0 writes."""
         summary = runs.summarize(self.name, self.trainer, self.module, self.model, self.monitor, self.sparsity)
-        runs.save_layouts(self.folder, runs.layouts_of(self.module), self.sparsity)
+        writes = self.trainer.global_rank == 0
+        if writes:
+            runs.save_layouts(self.folder, runs.layouts_of(self.module), self.sparsity)
         tests = {"final": self._test()}
-        if Path(self.best.best_model_path).is_file():
+        if self.trainer.strategy.broadcast(Path(self.best.best_model_path).is_file()):
             best = torch.load(self.best.best_model_path, map_location="cpu", weights_only=True)
-            self.module.load_state_dict(best["state_dict"])
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()  # evaluation has left it whole
+            whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.trainer.world_size > 1)
+            set_model_state_dict(self.module, best["state_dict"], options=whole)
             tests["best"] = self._test()
             summary["best_checkpoint"] = {
                 "step": best["global_step"],
@@ -291,7 +337,8 @@ class Run:
         summary["test_accuracy"] = scores["acc"]
         if self.data.metric == "f1":
             summary["test_f1"] = scores["f1"]
-        runs.write_summary(self.folder / "summary.json", summary)
+        if writes:
+            runs.write_summary(self.folder / "summary.json", summary)
         runs.print_summary(self.console, self.folder, summary)
         return summary
 
@@ -301,6 +348,30 @@ class Run:
             return {}
         (metrics,) = self.trainer.test(self.module, datamodule=self.data, verbose=False)
         return metrics
+
+
+class _OneRun(Callback):
+    """One run, however many processes there are: first of all, they agree on it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The first moment at which the processes know each other."""
+        if stage == "fit" and trainer.world_size > 1:
+            self.run.agree()
+
+
+class FullySharded(ModelParallelStrategy):
+    """FSDP2 over all processes, with checkpoints like those of one process: each goes on in any number of them."""
+
+    def __init__(self) -> None:
+        super().__init__(save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """All processes share the data, none a tensor."""
+        self._data_parallel_size, self._tensor_parallel_size = self.world_size, 1
+        super().setup_environment()
 
 
 def _make_data(args: Namespace) -> SequenceDataModule:
@@ -378,20 +449,65 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         run.train()
     except RunInterrupted as stop:
-        where = f"; go on with --ckpt_path {run.last} (or --ckpt_path last)" if run.last.is_file() else ""
-        _fail(f"{stop}{where}", 130)
-    except FloatingPointError as error:
-        kept = f"; the last good checkpoint is {run.last}" if run.last.is_file() else ""
-        _fail(f"{error}{kept}", 1)
-    except (ValueError, MisconfigurationException) as error:
-        if run.monitor.trained:  # not a matter of settings, then
+        if run.trainer.global_rank > 0:  # all have stopped after this step; rank 0 says so, by its exit status too
+            raise SystemExit(0) from stop
+        _fail(f"{stop}{_go_on(run)}", 130)
+    except BaseException as error:
+        sentence, status = _sentence(error, run)
+        _end_children(run.trainer)
+        if not sentence:
             raise
-        logger.debug("refused before the first step", exc_info=True)
-        _fail(" ".join(str(error).split()), 2)
+        logger.debug("the run ends", exc_info=True)
+        _fail(sentence, status)
     try:
         return run.report()
     except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
         _fail(f"interrupted while testing; the trained model is {run.last}", 130)
+    except RuntimeError as error:
+        if not _lost_a_process(error):
+            raise
+        _fail(f"{_who_died(run.trainer)} while testing; the trained model is {run.last}", 1)
+
+
+def _sentence(error: BaseException, run: Run) -> tuple[str, int]:
+    """What to say of an error in training, and the exit status; nothing of one that nobody expects."""
+    if isinstance(error, FloatingPointError | LayoutsDiffer):
+        kept = f"; the last good checkpoint is {run.last}" if run.last.is_file() else ""
+        return f"{error}{kept}", 1
+    if isinstance(error, ValueError | MisconfigurationException) and not run.monitor.trained:  # a matter of settings
+        return " ".join(str(error).split()), 2
+    if run.trainer.world_size > 1 and _lost_a_process(error):
+        return f"{_who_died(run.trainer)}, and the run stops{_go_on(run)}", 1
+    return "", 1
+
+
+def _go_on(run: Run) -> str:
+    return f"; go on with --ckpt_path {run.last} (or --ckpt_path last)" if run.last.is_file() else ""
+
+
+def _lost_a_process(error: BaseException) -> bool:
+    """Whether the processes cannot reach each other any more; gloo raises plain errors, which name it."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _who_died(trainer: Trainer) -> str:
+    """Which process does not answer any more, as far as this one can know."""
+    children = getattr(trainer.strategy.launcher, "procs", [])
+    until = time.monotonic() + 2  # a process that has just been killed is known to be dead a moment later
+    while True:
+        for rank, child in enumerate(children, trainer.global_rank + 1):
+            if status := child.poll():
+                how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"stopped with status {status}"
+                return f"the process of rank {rank} {how}"
+        if not children or time.monotonic() > until:
+            return "another process of this run has stopped or does not answer"
+        time.sleep(0.05)
+
+
+def _end_children(trainer: Trainer) -> None:
+    """The processes that Lightning has started here may wait for this one without end."""
+    for child in getattr(trainer.strategy.launcher, "procs", []):
+        child.kill()
 
 
 def _check_trainer_options(options: Namespace) -> None:
@@ -408,7 +524,8 @@ def _check_trainer_options(options: Namespace) -> None:
 
 
 def _fail(sentence: str, status: int) -> NoReturn:
-    print(f"sat.train: {sentence}", file=sys.stderr)
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    print(f"sat.train{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -416,6 +533,8 @@ def _quiet_lightning() -> None:
     """Leave out what Lightning says at every start; what is wrong still shows."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Says which process died, before it ends the others.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in ("does not have many workers", "exists and is not empty", "number of training batches", "LeafSpec"):
         warnings.filterwarnings("ignore", f".*{message}.*")
 

@@ -211,7 +211,7 @@ class SparsityPhases:
 
         Raises:
             ValueError: a module is in another phase than its layer in the controller.
-            RuntimeError: another process has other layouts.
+            LayoutsDiffer: another process has others.
         """
         assert self.controller is not None
         for index, (name, attention) in enumerate(self.attentions.items()):
@@ -293,7 +293,7 @@ class SparsityPhases:
             list of that name.
 
         Raises:
-            RuntimeError: the processes have come to different layouts.
+            LayoutsDiffer: the processes have come to different ones.
         """
         assert self.controller is not None
         attentions = list(self.attentions.values())

@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # the type only: importing the operators would load Triton
     from sat.ops.types import AttentionStatistics
 
 
+class LayoutsDiffer(RuntimeError):
+    """Processes that train one model together have come to different layouts."""
+
+
 class Observed(NamedTuple):
     """Statistics, and of how many samples they are the mean."""
 
@@ -84,14 +88,14 @@ def check_same_layouts(layouts: Mapping[str, BlockLayout | None], step: int) -> 
         step: optimizer steps done, for the message.
 
     Raises:
-        RuntimeError: they differ, in all processes alike; names the layer and the ranks.
+        LayoutsDiffer: in all processes alike; names the layer and the ranks.
     """
     every = _gathered({name: _digest(layout) for name, layout in layouts.items()})
     odd = [rank for rank, each in enumerate(every) if each != every[0]]
     if odd:
         where = next(name for name in layouts if any(each.get(name) != every[0].get(name) for each in every))
         ranks = f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}"
-        raise RuntimeError(
+        raise LayoutsDiffer(
             f"the layout of {where} differs between processes at step {step}: {ranks} of {len(every)} "
             f"{'have' if len(odd) > 1 else 'has'} another one than rank 0, though all decide by the same statistics; "
             f"start them again from one checkpoint, with the same settings and versions on every machine"
