@@ -56,7 +56,7 @@ def made_sparse(
     phases = SparsityPhases(theta=1e9, interval=1, samples=BATCH, max_dense_steps=len(batches), **settings)
     phases.attach("the ViT", prepare(model.model, TOKENS, block_size))
     for batch in batches:
-        phases.before_batch(ends_step=True)
+        phases.before_batch(len(batch["labels"]))
         F.cross_entropy(model(pixel_values=batch["pixel_values"]), batch["labels"]).backward()
         phases.after_batch(ends_step=True)
     assert phases.all_sparse

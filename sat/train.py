@@ -172,9 +172,10 @@ class Run:
         self.model = model = _make_model(args, data)
         self.module = ClassificationModule(model, data.num_classes, metric=data.metric, **args.optimizer.as_dict())
         if args.compile:
-            # Each combination of dense, observed and sparse layers is a graph of its own, in training and evaluation.
+            # Each combination of dense, observed and sparse layers is a graph of its own, in training and evaluation;
+            # so is each batch of an accumulation, of which other samples are observed.
             layers = sum(isinstance(module, AdaptiveAttention) for module in model.modules())
-            graphs = 4 * (layers + 2)
+            graphs = (3 + args.trainer.accumulate_grad_batches) * (layers + 2)
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
             model.compile(fullgraph=True)
         self.sparsity = self._make_sparsity(args)
