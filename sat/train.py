@@ -190,6 +190,8 @@ class Run:
         self.monitor = Monitor(self.sparsity, console, args.model.attention)
         self.save_last = SaveLast(self.last)
         _check_trainer_options(args.trainer)
+        if args.process_timeout < 1:
+            raise ValueError(f"process_timeout must be at least 1 second, got {args.process_timeout}")
         self.best = ModelCheckpoint(
             self.folder / "checkpoints",
             filename="best",
