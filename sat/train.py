@@ -201,6 +201,8 @@ class Run:
         self.save_last = SaveLast(self.last)
         self.save_last.stale = self.checkpoint not in (None, self.last)
         _check_trainer_options(args.trainer)
+        if args.process_timeout < 1:
+            raise ValueError(f"process_timeout must be at least 1 second, got {args.process_timeout}")
         self.best = ModelCheckpoint(
             self.folder / "checkpoints",
             filename="best",

@@ -336,6 +336,13 @@ class TestConfigs:
             assert (args.sparsity.delta, args.sparsity.lr_factor, args.optimizer.eps) == (1.3, 0.5, 1e-6)
             assert (args.trainer.gradient_clip_val, args.trainer.gradient_clip_algorithm) == (1.0, "value")
 
+    def test_two_machines_see_the_samples_of_one_process(self):
+        one, many = (train.parse(["--config", name])[0] for name in ("cifar10", "cifar10_ddp"))
+        assert many.trainer.num_nodes * many.trainer.devices * many.data.batch_size == one.data.batch_size
+        assert (many.trainer.strategy, many.process_timeout) == ("ddp", 600)
+        for section in ("model", "optimizer", "sparsity"):
+            assert many[section] == one[section]
+
     def test_overrides_come_after_the_config(self):
         args, _ = train.parse(["--config=cifar10.yaml", "--sparsity.density", "0.1", "--data.path", "DIR"])
         assert (args.sparsity.density, args.data.path, args.data.batch_size) == (0.1, "DIR", 256)
@@ -379,6 +386,7 @@ class TestBadInput:
             (["--config", "tiny.yaml", "--trainer.max_steps", -1], "set trainer.max_steps or max_epochs"),
             (["--config", "tiny.yaml", "--trainer.accumulate_grad_batches", 0], "accumulate_grad_batches must be at"),
             (["--config", "tiny.yaml", "--trainer.val_check_interval", 0], "val_check_interval must be above 0"),
+            (["--config", "tiny.yaml", "--process_timeout", 0], "process_timeout must be at least 1 second, got 0"),
             (["--config", "tiny.yaml", "--optimizer.betas", "[1.5,2]"], "betas must be at least 0 and below 1"),
             (["--config", "tiny.yaml", "--optimizer.eps", -1], "weight_decay and eps must be at least 0"),
             (["--config", "tiny.yaml", "--trainer.precision", "transformer-engine"], "transformer"),

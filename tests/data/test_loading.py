@@ -57,6 +57,22 @@ def test_ranks_share_the_batches_of_one_process(world_size: int):
     assert [list(chain(*batch)) for batch in zip(*parts, strict=True)] == whole
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_resume_in_mid_epoch_whatever_their_number_was(world_size: int):
+    straight = loader(size=44, batch_size=8)
+    expected = seen(straight) + seen(straight)
+    before = loader(size=44, batch_size=4, world_size=2, rank=1)
+    iterator = iter(before)
+    for _ in range(3):
+        next(iterator)
+    parts = []
+    for rank in range(world_size):
+        train = loader(size=44, batch_size=8 // world_size, world_size=world_size, rank=rank)
+        train.load_state_dict(before.state_dict())
+        parts.append(seen(train) + seen(train))
+    assert [list(chain(*batch)) for batch in zip(*parts, strict=True)] == expected[3:]
+
+
 @pytest.mark.parametrize(("size", "world_size"), [(10, 1), (10, 2), (9, 2), (8, 3), (17, 4), (3, 3)])
 def test_evaluation_sees_every_sample_once_in_as_many_batches_on_every_rank(size: int, world_size: int):
     shards = []

@@ -18,6 +18,8 @@ from sat.layout import BlockLayout
 from tests.distributed import work
 from tests.distributed.processes import Outcome, launch
 
+SINGLE = ["--trainer.precision", "32-true"]  # Lightning rounds float64 weights to float32 when it loads them
+FISHER = ["--sparsity.mask", "fisher", "--sparsity.per_head", "true", "--sparsity.share_budget", "true"]
 SWITCH = 9  # the criterion is always met, as soon as it is defined: at the third observation
 
 
@@ -66,7 +68,9 @@ def succeeded(outcomes: list[Outcome]) -> list[Outcome]:
     ("processes", "options"),
     [
         pytest.param(2, [], id="ddp"),
-        pytest.param(2, ["--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 14], id="accumulated"),
+        pytest.param(
+            2, ["--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 14, *FISHER], id="accumulated"
+        ),
         # Not in float64, which Lightning refuses.
         pytest.param(2, ["--trainer.strategy", "fsdp2", "--trainer.precision", "32-true"], id="fsdp2"),
         pytest.param(4, [], id="four", marks=pytest.mark.long),
@@ -76,7 +80,8 @@ def succeeded(outcomes: list[Outcome]) -> list[Outcome]:
     ],
 )
 def test_processes_reach_what_one_reaches(folder, processes, options):
-    succeeded(train(folder, 1, "--name", "one", *(SINGLE if "fsdp2" in options else [])))
+    alike = [*(SINGLE if "fsdp2" in options else []), *(FISHER if FISHER[1] in options else [])]
+    succeeded(train(folder, 1, "--name", "one", *alike))
     accumulated = 2 if "--trainer.accumulate_grad_batches" in options else 1
     first, *others = succeeded(train(folder, processes, *options, batch=16 // accumulated))
     assert_same_run(folder, "one", "tiny")
@@ -86,9 +91,6 @@ def test_processes_reach_what_one_reaches(folder, processes, options):
     assert all(other.out == "" and other.error == "" for other in others)
     assert json.loads((run_folder(folder) / "summary.json").read_text())["processes"] == processes
     assert [p.name for p in (run_folder(folder) / "csv").iterdir()] == ["version_0"]
-
-
-SINGLE = ["--trainer.precision", "32-true"]  # Lightning rounds float64 weights to float32 when it loads them
 
 
 def test_a_job_that_is_killed_in_every_phase_goes_on(folder):
@@ -108,6 +110,8 @@ def test_a_job_that_is_killed_in_every_phase_goes_on(folder):
         resume = ["--ckpt_path", "last"]
     succeeded(train(folder, 2, *options, *resume))
     assert_same_run(folder, "whole", "tiny", exactly=True)
+    first, second = last(folder)["callbacks"]["ExactResume"]["ranks"]
+    assert not torch.equal(first["cpu"], second["cpu"])
 
 
 def test_a_process_that_does_not_answer_stops_the_job_after_the_timeout(folder):
