@@ -63,7 +63,7 @@ def main(folder: Path = FOLDER) -> None:
     phases = callback(model)
     (attention,) = phases.attentions.values()
     for _ in range(2):
-        phases.before_batch(ends_step=True)
+        phases.before_batch(1)
         model(input_ids=torch.arange(24)[None] % 8)
         phases.after_batch(ends_step=True)
     save_state(phases.state_dict(), target / "sat_phases.pt")
