@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import platform
+import reprlib
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +24,7 @@ from rich.table import Table
 from sat.attention import AdaptiveAttention
 from sat.baselines import StructureAttention, fingerprint
 from sat.callback import AdaptiveSparsity
-from sat.files import written_whole
+from sat.files import holds_bools, reason, shortened, written_whole
 from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
@@ -27,6 +32,11 @@ from sat.monitor import Monitor
 from sat.plots import plot_layouts, plot_statistics
 
 CONFIG_FOLDER = "configs"
+SECTIONS = ("data", "model", "optimizer", "sparsity", "trainer")
+# Those that are shipped have less than 2,000 bytes and 3 levels.
+LONGEST_CONFIG, DEEPEST_CONFIG = 2**16, 10
+# Tensors of a checkpoint together, in its own size: some share their memory (tied weights).
+LARGEST_CONTENT = 4
 
 
 # Command line
@@ -79,6 +89,57 @@ def _find_config(value: str) -> Path:
             return path
     names = ", ".join(sorted(p.name for p in shipped.glob("*.yaml")))
     raise ValueError(f"no config {value!r}; give the path of a YAML file, or one of {names}")
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A config as a mapping of sections and options, read without running or importing anything that it names.
+
+    Raises:
+        ValueError: it is no YAML file, is longer or deeper than a config can be, or asks for more than options.
+    """
+    path = Path(path)
+    try:
+        if (size := path.stat().st_size) > LONGEST_CONFIG:
+            raise ValueError(f"it has {size:,} bytes, a config at most {LONGEST_CONFIG:,}")
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(text)
+        content = yaml.safe_load(text)
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.ScalarEvent):  # a text may be YAML again where options are mappings
+                with contextlib.suppress(yaml.YAMLError):
+                    _check_yaml(event.value)
+    except Exception as error:  # whatever a broken or hostile file makes the reader raise
+        raise ValueError(f"{path} is not a config that can be read: {reason(error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in SECTIONS):
+        raise ValueError(f"{path} is not a config: it must map sections such as data and model to options")
+    for key in _keys(content):
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise ValueError(f"{path} has the key {key!r}; the keys of a config are names of options")
+        if "class_path" in key.split("."):
+            raise ValueError(f"{path} has a class_path; configs choose by name, and no code but ours is run for them")
+    if "config" in content:
+        raise ValueError(f"{path} names another config; give both on the command line, --config A --config B")
+    return content
+
+
+def _check_yaml(text: str) -> None:
+    """Refuse YAML of which a few lines stand for gigabytes, or that is deeper than a config can be."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has the alias *{event.anchor}; write out what that stands for")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_CONFIG:
+            raise ValueError(f"it is nested more than {DEEPEST_CONFIG} levels deep")
+
+
+def _keys(content: Any) -> Iterator[Any]:
+    """The keys of all mappings."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield key
+        yield from _keys(value)
+    for value in content if isinstance(content, list) else ():
+        yield from _keys(value)
 
 
 # Folders and checkpoints
@@ -134,32 +195,82 @@ def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | No
     return found[-1]
 
 
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Tensors, numbers and strings of a checkpoint; nothing in it is run, and it takes no more memory than its file.
+
+    Raises:
+        ValueError: it is cut short, damaged or something else.
+    """
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+            # As PyTorch writes it: what is compressed could be a thousand times as large.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("it is compressed")
+            if sum(entry.file_size for entry in entries) > size:
+                raise ValueError("it says that it is longer than it is")
+            if (damaged := file.testzip()) is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
+        # Mapped, so that a large one costs no memory.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _check_tensors(checkpoint, size)
+    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+        raise ValueError(f"{path} is not a whole checkpoint ({reason(error)}); give another --ckpt_path") from error
+    sections = ("state_dict", "loops", "callbacks")
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), dict) for name in sections):
+        raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
+    return checkpoint
+
+
+def _check_tensors(content: Any, size: int) -> None:
+    """Refuse tensors that take up more than a file of ``size`` bytes holds, or that PyTorch counts wrongly with."""
+    total, seen, left = 0, set(), [content]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError(f"it holds a tensor of the layout {value.layout} on {value.device}")
+            total += value.numel() * value.element_size()
+            if total > LARGEST_CONTENT * size:  # tensors may share their memory, and stay so only until they are copied
+                raise ValueError("its tensors are larger than the file")
+            if not holds_bools(value):
+                raise ValueError("a tensor of bools holds other bytes than 0 and 1")
+        elif isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
+
+
+def _kind(tensor: torch.Tensor) -> torch.dtype | str:
+    """The type of a tensor's entries; all precisions are one, because a model is made in float32."""
+    return "float" if tensor.is_floating_point() else tensor.dtype
+
+
 def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassifier | PretrainedClassifier) -> None:
     """That a file is a checkpoint of this very model and way of training; reads tensors, numbers and strings only.
 
     Raises:
         ValueError: it is not, with the reason.
     """
-    try:
-        # Mapped, so that a file that is cut short fails here and a large one costs no memory.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a broken or hostile file makes the reader raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a whole checkpoint ({reason}); give another --ckpt_path") from error
-    if not isinstance(checkpoint, Mapping) or not {"state_dict", "loops", "callbacks"} <= set(checkpoint):
-        raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
+    checkpoint = _read_checkpoint(path)
     was = checkpoint.get("attention")
     if was is None:  # written before there was a choice
         was = {"name": "adaptive" if checkpoint["callbacks"].get(AdaptiveSparsity.__qualname__) else "dense"}
     now = {"name": model.attention, "options": model.attention_options}
+    if not isinstance(was, dict) or not isinstance(was.get("name"), str):
+        raise ValueError(f"{path} does not say with which attention it was trained; give one that sat.train wrote")
     if was["name"] != now["name"]:
         raise ValueError(
-            f"{path} was trained with model.attention={was['name']}, this run has {now['name']}; go on with "
-            f"--model.attention {was['name']}"
+            f"{path} was trained with model.attention={shortened(was['name'])}, this run has {now['name']}; go on with "
+            f"--model.attention {shortened(was['name'])}"
         )
     if was.get("options", {}) != now["options"]:
         raise ValueError(
-            f"{path} was trained with model.attention_options={was.get('options', {})}, this run has "
+            f"{path} was trained with model.attention_options={reprlib.repr(was.get('options', {}))}, this run has "
             f"{now['options']}; go on with the options that it was started with"
         )
     if was.get("fixed_layouts") != fingerprint(model):
@@ -168,14 +279,18 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
             f"and the seed that it was started with"
         )
     ours, theirs = module.state_dict(), checkpoint["state_dict"]
-    odd = sorted(set(ours) ^ set(theirs))
+    odd = sorted(set(ours) ^ set(theirs), key=str)
     if odd:
         where = "this model" if odd[0] in ours else "the checkpoint"
         raise ValueError(
-            f"{path} is a checkpoint of another model: {odd[0]} is in {where} only; start it with the config that the "
-            f"checkpoint was made with"
+            f"{path} is a checkpoint of another model: {shortened(str(odd[0]))} is in {where} only; start it with the "
+            f"config that the checkpoint was made with"
         )
     for name, tensor in ours.items():
+        if not isinstance(theirs[name], torch.Tensor) or _kind(tensor) != _kind(theirs[name]):
+            raise ValueError(
+                f"{path} is no whole checkpoint: {name} is no tensor of its kind; give another --ckpt_path"
+            )
         if tensor.shape != theirs[name].shape:
             raise ValueError(
                 f"{path} is a checkpoint of another model: {name} has the shape {list(theirs[name].shape)} there and "

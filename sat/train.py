@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -25,7 +24,7 @@ from sat import runs
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, ColorImageDataModule, SequenceDataModule, TextDataModule
-from sat.files import written_whole
+from sat.files import reason, written_whole
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
 from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast
@@ -111,13 +110,16 @@ def parse(argv: list[str]) -> tuple[Namespace, ArgumentParser]:
             data_name = "mrpc" if pretrained else "cifar10"  # any: they share most options
         else:
             raise ValueError(f"no data set chosen; give --config or --data.name, one of {', '.join(DATASETS)}")
-    if data_name not in DATASETS:
+    if not isinstance(data_name, str) or data_name not in DATASETS:
         raise ValueError(f"unknown data set {data_name!r} in data.name; there are {', '.join(DATASETS)}")
     parser = build_parser(data_name, pretrained)
     try:
-        return parser.parse_args(argv or ["--help"]), parser
-    except argparse.ArgumentError as error:
+        args = parser.parse_args(argv or ["--help"])
+    except (argparse.ArgumentError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+    if not args.name or Path(args.name).is_absolute() or ".." in Path(args.name).parts:
+        raise ValueError(f"name must be that of a folder inside of output_dir, got {args.name!r}; give another --name")
+    return args, parser
 
 
 def _choices(argv: list[str]) -> tuple[str | None, bool]:
@@ -135,15 +137,9 @@ def _choices(argv: list[str]) -> tuple[str | None, bool]:
         if option == "--model.pretrained":
             pretrained = True
             continue
-        try:
-            content = yaml.safe_load(Path(value).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{value} is not a YAML file: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict) or not isinstance(content.get("data", {}), dict):
-            raise ValueError(f"{value} is not a config: it must map sections such as data and model to options")
+        content = runs.read_config(value)
         name = content.get("data", {}).get("name", name)
-        model = content.get("model")
-        pretrained |= isinstance(model, dict) and "pretrained" in model
+        pretrained |= "pretrained" in content.get("model", {})
     return name, pretrained
 
 
@@ -383,11 +379,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     except FloatingPointError as error:
         kept = f"; the last good checkpoint is {run.last}" if run.last.is_file() else ""
         _fail(f"{error}{kept}", 1)
-    except (ValueError, MisconfigurationException) as error:
+    except Exception as error:
         if run.monitor.trained:  # not a matter of settings, then
             raise
         logger.debug("refused before the first step", exc_info=True)
-        _fail(" ".join(str(error).split()), 2)
+        if isinstance(error, ValueError | MisconfigurationException):
+            _fail(" ".join(str(error).split()), 2)
+        if run.checkpoint is None:
+            raise
+        # A file of ours brings none of these about, one that somebody has changed does, wherever it is taken up.
+        what = f"{type(error).__name__}: {reason(error)}"
+        _fail(f"{run.checkpoint} cannot be gone on from ({what}); give another --ckpt_path, or none to start anew", 2)
     try:
         return run.report()
     except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
