@@ -37,6 +37,29 @@ SECTIONS = ("data", "model", "optimizer", "sparsity", "trainer")
 LONGEST_CONFIG, DEEPEST_CONFIG = 2**16, 10
 # Tensors of a checkpoint together, in its own size: some share their memory (tied weights).
 LARGEST_CONTENT = 4
+DEEPEST_CONTENT = 40  # ours have 7 levels
+# What the callbacks keep in checkpoints and read long after they are loaded; see _fits.
+STATES: dict[str, Any] = {
+    "AdaptiveSparsity": {
+        "steps": int,
+        "history": [{"step": int, "layers": [{str: float}]}],
+        "controller": {
+            "layers": [
+                {
+                    "history": dict.fromkeys(("skewness", "distance", "relative_change"), float)
+                    | {"observations": int, "score_matrix": torch.Tensor},
+                    "verdict": {"met": bool, "streak": int, "missing": str},
+                    "layout": torch.Tensor,
+                }
+            ]
+        },
+        "transitions": [
+            {"layout": torch.Tensor, "layer": int, "step": int, "empty_rows": int, "forced": bool, "missing": str}
+            | dict.fromkeys(("density", "captured_mass", "best_mass", "skewness", "relative_change"), float)
+        ],
+    },
+    "Monitor": {"step_times": {str: [float]}, "validation_accuracy": {str: float}, "validated_at": int},
+}
 
 
 # Command line
@@ -212,25 +235,38 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
                 raise ValueError("it says that it is longer than it is")
             if (damaged := file.testzip()) is not None:
                 raise ValueError(f"wrong checksum of {damaged}")
+            described = sum(entry.file_size for entry in entries if entry.filename.endswith("data.pkl"))
         # Mapped, so that a large one costs no memory.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        _check_tensors(checkpoint, size)
+        _check_contents(checkpoint, size, described)
+        sections = ("state_dict", "loops", "callbacks")
+        if isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(name), dict) for name in sections):
+            _check_state(checkpoint)
+            return checkpoint
     except Exception as error:  # whatever a broken or hostile file makes the readers raise
-        raise ValueError(f"{path} is not a whole checkpoint ({reason(error)}); give another --ckpt_path") from error
-    sections = ("state_dict", "loops", "callbacks")
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), dict) for name in sections):
-        raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
-    return checkpoint
+        # PyTorch's own words for this say how to run what the file holds.
+        code = type(error).__name__ == "UnpicklingError"
+        why = "it holds more than tensors, numbers and strings, or is damaged" if code else reason(error)
+        raise ValueError(f"{path} is not a whole checkpoint ({why}); give another --ckpt_path") from error
+    raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
 
 
-def _check_tensors(content: Any, size: int) -> None:
-    """Refuse tensors that take up more than a file of ``size`` bytes holds, or that PyTorch counts wrongly with."""
-    total, seen, left = 0, set(), [content]
+def _check_contents(content: Any, size: int, described: int) -> None:
+    """Refuse what stands for more than a file of ``size`` bytes holds, or what PyTorch counts wrongly with.
+
+    Args:
+        content: what was read.
+        size: of the file, in bytes.
+        described: bytes of the part that says what there is; everything but the tensors' content.
+    """
+    total = count = 0
+    left: list[tuple[Any, int]] = [(content, 0)]
     while left:
-        value = left.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
+        value, depth = left.pop()
+        count += 1
+        # A container that holds itself, or one that is there many times: each time takes at least a byte to say.
+        if depth > DEEPEST_CONTENT or count > described:
+            raise ValueError("it is nested without end")
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
                 raise ValueError(f"it holds a tensor of the layout {value.layout} on {value.device}")
@@ -239,10 +275,43 @@ def _check_tensors(content: Any, size: int) -> None:
                 raise ValueError("its tensors are larger than the file")
             if not holds_bools(value):
                 raise ValueError("a tensor of bools holds other bytes than 0 and 1")
-        elif isinstance(value, dict):
-            left += [*value.keys(), *value.values()]
-        elif isinstance(value, list | tuple | set):
-            left += value
+        elif isinstance(value, dict | list | tuple | set):
+            left += [(item, depth + 1) for item in value]
+            left += [(item, depth + 1) for item in value.values()] if isinstance(value, dict) else []
+
+
+def _check_state(checkpoint: dict[str, Any]) -> None:
+    """Refuse counts and records that would be stumbled over in the middle of a run, or at its end."""
+    progress = [checkpoint["loops"]]
+    while progress:
+        for name, part in progress.pop().items():
+            if name in ("current", "total") and not _fits(part, {str: int}):
+                raise ValueError(f"its count of batches or epochs is {reprlib.repr(part)}")
+            progress += [part] if isinstance(part, dict) else []
+    step = checkpoint["global_step"]
+    loop = checkpoint["loops"]["fit_loop"]
+    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    batches = loop["epoch_loop.state_dict"].get("_batches_that_stepped", 0)
+    learning_rates = [scheduler["last_epoch"] for scheduler in checkpoint["lr_schedulers"]]
+    if not all(_fits(each, int) for each in (step, batches)) or any(each != step for each in (steps, *learning_rates)):
+        raise ValueError(f"it has done {reprlib.repr(step)} steps, or {reprlib.repr([steps, batches, learning_rates])}")
+    for name, pattern in STATES.items():
+        for key, state in checkpoint["callbacks"].items():
+            if str(key).startswith(name) and not _fits(state, pattern):
+                raise ValueError(f"the state of {name} in it is none")
+
+
+def _fits(value: Any, pattern: Any) -> bool:
+    """Whether a value is of a pattern: a type, a list of one, or a dict of some by their names, or of one by any."""
+    if isinstance(pattern, list):
+        return isinstance(value, list) and all(_fits(item, pattern[0]) for item in value)
+    if isinstance(pattern, dict):
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            return False
+        return all(_fits(item, pattern.get(key, pattern.get(str, object))) for key, item in value.items())
+    if pattern is int:  # of something that was counted
+        return isinstance(value, int) and 0 <= value < 2**62
+    return isinstance(value, int | float) if pattern is float else isinstance(value, pattern)
 
 
 def _kind(tensor: torch.Tensor) -> torch.dtype | str:
@@ -288,9 +357,7 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
         )
     for name, tensor in ours.items():
         if not isinstance(theirs[name], torch.Tensor) or _kind(tensor) != _kind(theirs[name]):
-            raise ValueError(
-                f"{path} is no whole checkpoint: {name} is no tensor of its kind; give another --ckpt_path"
-            )
+            raise ValueError(f"{path} is not a whole checkpoint ({name} is of another kind); give another --ckpt_path")
         if tensor.shape != theirs[name].shape:
             raise ValueError(
                 f"{path} is a checkpoint of another model: {name} has the shape {list(theirs[name].shape)} there and "
