@@ -32,6 +32,19 @@ MULTIPLE, BESIDES = 4, 32 * 2**20
 SECONDS = 20
 AT_A_TIME = 5000  # in one process
 
+# Audit events of programs that are started and of connections that are made.
+OUTWARD = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen"}
+OUTWARD |= {"socket.connect", "socket.getaddrinfo"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONWARNINGS": "ignore",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
 
 class TooSlow(BaseException):
     pass
@@ -53,24 +66,14 @@ class Watch:
     def note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.armed:
             return
-        if event in (
-            "os.system",
-            "os.exec",
-            "os.posix_spawn",
-            "os.fork",
-            "os.forkpty",
-            "subprocess.Popen",
-        ) or event in ("socket.connect", "socket.getaddrinfo"):
+        if event in OUTWARD:
             self.found = f"{event}{arguments!r:.200}"
         elif event == "import" and arguments[0].split(".")[0] == "canary":
             self.found = "an import of canary"
-        elif (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        ):
-            path = arguments[0]
-            if isinstance(path, str) and not path.startswith(("/dev/", "/proc/")):
-                if not Path(path).resolve().is_relative_to(self.folder.resolve()):
-                    self.found = f"writing {path}"
+        elif event == "open" and isinstance(path := arguments[0], str) and isinstance(flags := arguments[2], int):
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not path.startswith(("/dev/", "/proc/"))
+            if writes and not Path(path).resolve().is_relative_to(self.folder.resolve()):
+                self.found = f"writing {path}"
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -121,7 +124,6 @@ def work(kind: str, first: int, count: int, seed: int, folder: Path) -> dict[str
         "refused": 0,
         "failures": [],
         "largest_growth": 0,
-        "largest_multiple": 0.0,
     }
     for index in [-1, *range(first, first + count)]:
         # The first is valid, and takes what the libraries take once.
@@ -163,8 +165,6 @@ def work(kind: str, first: int, count: int, seed: int, folder: Path) -> dict[str
             continue
         result["inputs"] += 1
         result["largest_growth"] = max(result["largest_growth"], growth)
-        if len(data) > BESIDES:
-            result["largest_multiple"] = max(result["largest_multiple"], growth / len(data))
         if wrong:
             result["failures"].append({"kind": kind, "number": index, "what": wrong})
     return result
@@ -175,14 +175,7 @@ def apart(kind: str, first: int, count: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.fuzz", "--work", folder, "--kind", kind, "--first", str(first)]
         command += ["--count", str(count), "--seed", str(seed)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "ignore"}
-        environment |= {
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-            "MPLBACKEND": "Agg",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TMPDIR": folder,
-        }
+        environment = {**os.environ, **ENVIRONMENT, "TMPDIR": folder}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -194,7 +187,7 @@ def apart(kind: str, first: int, count: int, seed: int) -> dict[str, Any]:
         raise RuntimeError(f"{kind}: {what}")
     failed = {"inputs": 1, "read": 0, "refused": 0, "failures": [{"kind": kind, "number": number, "what": what}]}
     rest = first + count - number - 1
-    parts = [failed | {"largest_growth": 0, "largest_multiple": 0.0}]
+    parts = [failed | {"largest_growth": 0}]
     parts += [apart(kind, first, number - first, seed)] if number > first else []
     parts += [apart(kind, number + 1, rest, seed)] if rest else []
     return total(parts)
@@ -204,7 +197,7 @@ def total(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """What several processes found."""
     together: dict[str, Any] = {name: sum(part[name] for part in parts) for name in ("inputs", "read", "refused")}
     together["failures"] = [failure for part in parts for failure in part["failures"]]
-    return together | {name: max(part[name] for part in parts) for name in ("largest_growth", "largest_multiple")}
+    return together | {"largest_growth": max(part["largest_growth"] for part in parts)}
 
 
 def run(count: int, seed: int, kinds: list[str], first: int = 0, jobs: int = 1) -> dict[str, Any]:

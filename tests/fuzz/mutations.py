@@ -18,49 +18,53 @@ import yaml
 
 # What a metadata entry, a YAML scalar or a pickled number is replaced by.
 NASTY = [
-    "", " ", "0", "1", "2", "-1", "4", "16", "32", "64", "999999999", "4294967297", "9" * 30, "9" * 5000, "1e400", "-inf", "nan", "0x10",
-    "1.5", "true", "null", "[]", "{}", "[1]", '"4"', '"', "[" * 3000, '{"a":' * 3000, "é", "\u0663", "\u0000", "\ud7ff", "drop", "zero",
-    "../../etc/passwd", "/dev/zero", "%s%n", "train.labels", "sat.BlockLayout", "sat.transformers", "sat.data", "bert", "x" * 100_000,
-]  # fmt: skip
-NUMBERS = [
-    0,
-    1,
-    -1,
-    2,
-    3,
-    7,
-    255,
-    2**31 - 1,
-    2**31,
-    2**32,
-    2**62,
-    2**63 - 1,
-    10**30,
-    0.5,
-    -0.0,
-    1e308,
-    float("nan"),
-    float("inf"),
+    "",
+    " ",
+    "0",
+    "1",
+    "2",
+    "-1",
+    "4",
+    "16",
+    "32",
+    "64",
+    "999999999",
+    "4294967297",
+    "9" * 30,
+    "9" * 5000,
+    "1e400",
+    "-inf",
+    "nan",
+    "0x10",
+    "1.5",
+    "true",
+    "null",
+    "[]",
+    "{}",
+    "[1]",
+    '"4"',
+    '"',
+    "[" * 3000,
+    '{"a":' * 3000,
+    "é",
+    "\u0663",
+    "\u0000",
+    "\ud7ff",
+    "drop",
+    "zero",
+    "../../etc/passwd",
+    "/dev/zero",
+    "%s%n",
+    "train.labels",
+    "sat.BlockLayout",
+    "sat.transformers",
+    "sat.data",
+    "bert",
+    "x" * 100_000,
 ]
-DTYPES = [
-    "BOOL",
-    "U8",
-    "I8",
-    "I16",
-    "I32",
-    "I64",
-    "F16",
-    "BF16",
-    "F32",
-    "F64",
-    "F8_E4M3",
-    "F4",
-    "C64",
-    "U64",
-    "X9",
-    3,
-    None,
-]
+SIZES = [0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1]
+NUMBERS = [*SIZES, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")]
+DTYPES = ["BOOL", "U8", "I8", "I16", "I32", "I64", "U64", "F16", "BF16", "F32", "F64", "F8_E4M3", "F4", "C64", 3, None]
 COMMAND = "touch canary"  # what must never run; in the folder of the input, which is the working directory
 
 
@@ -128,11 +132,9 @@ def safetensors(data: bytes, rng: Random, fix: Callable[[dict[str, Any], bytes],
         entry, metadata = header.get(name, {}), header.setdefault("__metadata__", {})
         key = rng.choice([*metadata, "format", "version"])
         if what == 0:
-            entry["shape"] = [rng.choice(NUMBERS[:12]) for _ in range(rng.randrange(5))]
+            entry["shape"] = [rng.choice(SIZES) for _ in range(rng.randrange(5))]
         elif what == 1:
-            entry["data_offsets"] = [
-                rng.choice([*NUMBERS[:12], len(content)]) for _ in range(rng.choice([2, 2, 2, 1, 3]))
-            ]
+            entry["data_offsets"] = [rng.choice([*SIZES, len(content)]) for _ in range(rng.choice([2, 2, 2, 1, 3]))]
         elif what == 2:
             entry["dtype"] = rng.choice(DTYPES)
         elif what == 3:
@@ -287,26 +289,73 @@ def archive(data: bytes, rng: Random) -> bytes:
     return buffer.getvalue()
 
 
-BOMB = "{a: &a [x,x,x,x,x,x,x,x,x], " + ", ".join(
-    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-) + "}"  # fmt: skip
+BOMB = (
+    "{a: &a [x,x,x,x,x,x,x,x,x], "
+    + ", ".join(f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True))
+    + "}"
+)
 TAGS = [
-    f"!!python/object/apply:os.system ['{COMMAND}']", "!!python/name:os.system ''", "!!python/module:canary ''", "!!python/object/new:canary.C {}",
-    "!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!binary x", "!!set {a}", "!!omap [a: 1]", "!x y", "2001-99-99", "1_000", "0o17", "1:30:00",
-    "{class_path: canary.C}", "{class_path: os.system, init_args: {command: touch canary}}", "{x: {class_path: subprocess.Popen, init_args: {args: touch canary}}}",
-    "'{x: {class_path: canary.C}}'", BOMB, f"'{BOMB}'", "&a [*a]", "&a {b: *a}", "[" * 500, "'" + "[" * 500 + "'", "{? [a] : b}", "|\n  a", "<<: 3", "*b", "&b", "%TAG", "---",
-]  # fmt: skip
+    f"!!python/object/apply:os.system ['{COMMAND}']",
+    "!!python/name:os.system ''",
+    "!!python/module:canary ''",
+    "!!python/object/new:canary.C {}",
+    "!!int x",
+    "!!float x",
+    "!!bool x",
+    "!!timestamp x",
+    "!!binary x",
+    "!!set {a}",
+    "!!omap [a: 1]",
+    "!x y",
+    "2001-99-99",
+    "1_000",
+    "0o17",
+    "1:30:00",
+    "{class_path: canary.C}",
+    "{class_path: os.system, init_args: {command: touch canary}}",
+    "{x: {class_path: subprocess.Popen, init_args: {args: touch canary}}}",
+    "'{x: {class_path: canary.C}}'",
+    BOMB,
+    f"'{BOMB}'",
+    "&a [*a]",
+    "&a {b: *a}",
+    "[" * 500,
+    "'" + "[" * 500 + "'",
+    "{? [a] : b}",
+    "|\n  a",
+    "<<: 3",
+    "*b",
+    "&b",
+    "%TAG",
+    "---",
+]
+KEYS = [
+    *[
+        "class_path",
+        "init_args",
+        "config",
+        "x.class_path",
+        "callbacks",
+        "plugins",
+        "name",
+        "print_config",
+        "pretrained",
+        "attention_options",
+    ],
+    "",
+    3,
+]
+CLASS = {"class_path": "canary.C", "init_args": {}}
+VALUES = ["canary.C", "os.system", CLASS, {"x": CLASS}, 3, None, "../../x", [1]]
 
 
 def config(data: bytes, rng: Random) -> bytes:
     """A config that asks for more than options."""
     if rng.random() < 0.5:
         content = objects(yaml.safe_load(data), rng)
-        place, key = rng.choice(_nodes(content) or [({}, "x")])
+        place, _ = rng.choice(_nodes(content) or [({}, "x")])
         if isinstance(place, dict) and rng.random() < 0.3:
-            place[rng.choice(["class_path", "init_args", "config", "x.class_path", "callbacks", "plugins", "", 3, "name", "print_config", "pretrained", "attention_options"])] = rng.choice(  # fmt: skip
-                ["canary.C", "os.system", {"class_path": "canary.C"}, 3, None, "../../x", [1], {"x": {"class_path": "canary.C", "init_args": {}}}]
-            )  # fmt: skip
+            place[rng.choice(KEYS)] = rng.choice(VALUES)
         try:
             return yaml.safe_dump(content, allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
         except (yaml.YAMLError, RecursionError):

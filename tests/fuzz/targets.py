@@ -8,7 +8,6 @@ import functools
 import io
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Callable
@@ -236,18 +235,19 @@ class Resume(Checkpoint):
         return self.mutate(rng.choice(self.seeds), rng)
 
     def read(self, path: Path) -> None:
-        output = self.folder / "resumed"
-        try:
-            with silence() as said:
+        output, code = self.folder / "resumed", 0
+        with silence() as said:
+            try:
                 train.main([*self.arguments, "--output_dir", str(output), "--ckpt_path", str(path)])
-        except SystemExit as end:
-            lines = said.getvalue().strip().splitlines()
-            sentence = lines[-1] if lines else ""
-            assert end.code in (1, 2), f"exit status {end.code}"
-            assert sentence.startswith("sat.train: "), f"no sentence: {sentence}"
+            except SystemExit as end:
+                code = end.code  # type: ignore[assignment]
+            finally:
+                shutil.rmtree(output, ignore_errors=True)
+        if code:
+            last = said.getvalue().strip().rpartition("\n")[2]
+            assert code in (1, 2), f"exit status {code}"
+            assert last.startswith("sat.train: "), f"no sentence: {last}"
             assert "Traceback" not in said.getvalue(), "a traceback"
-        finally:
-            shutil.rmtree(output, ignore_errors=True)
 
 
 class Config(Kind):
@@ -294,7 +294,6 @@ def target(kind: str, folder: Path) -> Kind:
         bert,
         CONFIG.encode(),
         b"PK\x03\x04" + bytes(40),
-        os.urandom(0),
         *found.seeds,
     ]
     return found
