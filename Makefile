@@ -9,18 +9,21 @@ READY := $(VENV)/.sat-ready
 UNFINISHED := $(VENV)/.sat-unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format clean
+.PHONY: help setup quickstart test test-long lint format clean
 # One stage after the other, so that what fails stands last in the output.
 .NOTPARALLEL:
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(READY)  ## set up, then learn a sparse attention pattern on a small data set
 	$(BIN) -m sat.train --config quickstart.yaml
 
 test: lint  ## set up, then check style, types and behaviour
 	$(BIN) -m pytest -n auto
+
+test-long: $(READY)  ## the long tests: killed and fuzzed runs, several processes
+	$(BIN) -m pytest -m long
 
 lint: $(READY)  ## style and types only
 	$(BIN) -m ruff check

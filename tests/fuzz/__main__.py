@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +110,7 @@ def work(kind: str, first: int, count: int, seed: int, folder: Path) -> dict[str
     place = folder / "input" / f"input{here.suffix}"
     place.parent.mkdir(parents=True)
     os.chdir(folder)
+    tempfile.tempdir = str(folder)
     (folder / "canary.py").write_text("class C:\n    pass\n")
     sys.path.insert(0, str(folder))
     canary, watch = folder / "canary", Watch(folder)
@@ -200,8 +201,25 @@ def total(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return together | {"largest_growth": max(part["largest_growth"] for part in parts)}
 
 
-def run(count: int, seed: int, kinds: list[str], first: int = 0, jobs: int = 1) -> dict[str, Any]:
-    """All kinds by their shares, each in processes of its own."""
+def here(kind: str, first: int, count: int, seed: int) -> dict[str, Any]:
+    """The same in this process, which then need not start anew for each kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return work(kind, first, count, seed, Path(folder))
+        finally:
+            os.chdir(ROOT)  # out of the folder that goes now
+            tempfile.tempdir = None
+
+
+def run(
+    count: int,
+    seed: int,
+    kinds: list[str],
+    first: int = 0,
+    jobs: int = 1,
+    read: Callable[[str, int, int, int], dict[str, Any]] = apart,
+) -> dict[str, Any]:
+    """All kinds by their shares."""
     start, share = time.time(), sum(SHARES[kind] for kind in kinds)
     wanted = {kind: max(1, round(count * SHARES[kind] / share)) for kind in kinds}
     pieces = [
@@ -209,8 +227,10 @@ def run(count: int, seed: int, kinds: list[str], first: int = 0, jobs: int = 1) 
         for kind in kinds
         for begin in range(0, wanted[kind], AT_A_TIME)
     ]
+    # An alarm rings in the main thread alone.
     with ThreadPoolExecutor(jobs) as threads:
-        found = list(threads.map(lambda piece: (piece[0], apart(*piece, seed)), pieces))
+        each = threads.map if read is apart else map
+        found = list(each(lambda piece: (piece[0], read(*piece, seed)), pieces))
     by_kind = {kind: total([result for name, result in found if name == kind]) for kind in kinds}
     everything = total(list(by_kind.values()))
     return {
@@ -229,6 +249,7 @@ def main() -> None:
     parser.add_argument("--kind", action="append", choices=list(SHARES), help="only this one; may be repeated")
     parser.add_argument("--first", type=int, default=0, help="number of the first input of each kind")
     parser.add_argument("--jobs", type=int, default=1, help="processes beside each other")
+    parser.add_argument("--here", action="store_true", help="in this process, which a crash then ends")
     parser.add_argument("--save", metavar="NAME", help="write experiments/results/NAME.json")
     parser.add_argument("--work", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -236,7 +257,9 @@ def main() -> None:
     if arguments.work:
         print(json.dumps(work(kinds[0], arguments.first, arguments.count, arguments.seed, Path(arguments.work))))
         return
-    result = run(arguments.count, arguments.seed, kinds, arguments.first, arguments.jobs)
+    result = run(
+        arguments.count, arguments.seed, kinds, arguments.first, arguments.jobs, here if arguments.here else apart
+    )
     print(json.dumps(result, indent=1))
     if arguments.save:
         from experiments.record import save
