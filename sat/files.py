@@ -1,4 +1,4 @@
-"""Below all floors: files that are written whole or not at all."""
+"""Below all floors: files that are written whole or not at all, and read with a sentence for whatever they hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -97,3 +97,50 @@ def save_state(state: Any, path: str | os.PathLike[str]) -> None:
             if isinstance(error.__context__, OSError):
                 raise OSError(*error.__context__.args) from error
             raise
+
+
+class DamagedFile(ValueError):
+    """What is wrong with a file, for a sentence of whoever reads it, who knows what it should be and how to mend it."""
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file, which are mapped from it.
+
+    Raises:
+        DamagedFile: it is none, is cut short or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # whatever a broken or hostile file makes the reader raise
+        raise DamagedFile(reason(error)) from error
+    if damaged := [name for name, tensor in tensors.items() if not holds_bools(tensor)]:
+        raise DamagedFile(f"{shortened(damaged[0])} holds other bytes than 0 and 1")
+    return metadata, tensors
+
+
+def holds_bools(tensor: Tensor) -> bool:
+    """Whether a tensor, if it is one of bools, holds nothing else: other bytes count differently in each operation."""
+    return tensor.dtype != torch.bool or bool((tensor.contiguous().view(-1).view(torch.uint8) <= 1).all())
+
+
+def whole_number(metadata: Mapping[str, str], name: str) -> int:
+    """A number of a file's metadata, 1 to 999,999,999.
+
+    Raises:
+        DamagedFile: there is none of this name.
+    """
+    text = metadata.get(name, "nothing")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
+        raise DamagedFile(f"its {name} is {shortened(text)}, expected a whole number of at least 1")
+    return int(text)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a library says, in one line for a sentence of ours."""
+    return shortened(" ".join(str(error).split()) or type(error).__name__)
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """The beginning of a text that a file may have made as long as it likes."""
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sat.files import save_tensors
+from sat.files import DamagedFile, read_safetensors, save_tensors, whole_number
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -229,18 +228,20 @@ class BlockLayout:
         if not path.is_file():
             raise FileNotFoundError(f"no layout file at {path}")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} is a safetensors file, but not a layout written by BlockLayout.save")
-                version = int(metadata["version"])
-                if version > FORMAT_VERSION:
-                    raise ValueError(
-                        f"{path} has layout format {version}, this version of SAT reads up to {FORMAT_VERSION}; "
-                        f"upgrade SAT to read it"
-                    )
-                return cls(file.get_tensor("mask"), int(json.loads(metadata["block_size"])))
-        except (SafetensorError, KeyError) as error:
+            metadata, tensors = read_safetensors(path)
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is a safetensors file, but not a layout written by BlockLayout.save")
+            version = whole_number(metadata, "version")
+            if version > FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has layout format {version}, this version of SAT reads up to {FORMAT_VERSION}; "
+                    f"upgrade SAT to read it"
+                )
+            block_size, mask = whole_number(metadata, "block_size"), tensors.get("mask")
+            if mask is None or mask.dtype != torch.bool or mask.dim() != 3 or 0 in mask.shape:
+                raise DamagedFile("it holds no mask of bools, [heads, rows, columns]")
+            return cls(mask, block_size)
+        except DamagedFile as error:
             raise ValueError(
                 f"{path} is not a whole layout file ({error}); write it again with BlockLayout.save"
             ) from error

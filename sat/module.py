@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,8 @@ from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy
 from sat.baselines import fingerprint
 
 Batch = dict[str, Tensor]
+
+logger = logging.getLogger(__name__)
 
 # Of the checkpoints, which say it as "sat_version". Those without are older than the first release, and alike.
 CHECKPOINT_VERSION = 1
@@ -77,6 +81,7 @@ class ClassificationModule(LightningModule):
             {name: MulticlassAccuracy(num_classes, average="micro") for name in ("fit", "val", "test")}
         )
         self.f1_scores = nn.ModuleDict({name: BinaryF1Score() for name in ("val", "test")} if metric == "f1" else {})
+        self._warned_at: int | None = None
         self.validation_f1: float | None = None  # the latest; a resumed run may end without another validation
 
     def forward(self, batch: Batch) -> Tensor:
@@ -93,12 +98,61 @@ class ClassificationModule(LightningModule):
         loss = F.cross_entropy(logits, batch["labels"])
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the training loss is {loss.item()} at step {self.global_step}; the run stops before this step "
-                f"changes the weights. A smaller optimizer.lr, a longer warm-up or trainer.precision=32-true may help"
+                f"the training loss is {loss.item()} at step {self.global_step}{self._origin(batch)}; the run stops "
+                f"before this step changes the weights. A smaller optimizer.lr, a longer warm-up or "
+                f"trainer.precision=32-true may help"
             )
         self._log_accuracy("fit", logits, batch["labels"])
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse gradients that would spoil the weights, where no loss scaler does (it leaves out such steps).
+
+        Raises:
+            FloatingPointError: one is NaN or infinite. The weights are still those of the step before.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        total: Any = torch.nn.utils.get_total_norm(gradients.values())  # a single number to wait for
+        if bool(getattr(total, "full_tensor", lambda: total)().isfinite()):  # over all shards, where there are such
+            return
+        spoilt = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+        if spoilt:  # or else the norm alone was too large to be counted
+            more = f" and of {len(spoilt) - 1} more" if len(spoilt) > 1 else ""
+            raise FloatingPointError(
+                f"the gradient of {spoilt[-1]}{more} is NaN or infinite at step {self.global_step}, though the loss "
+                f"was finite; the run stops before this step changes the weights. A smaller optimizer.lr or "
+                f"trainer.precision=32-true may help"
+            )
+
+    @torch.no_grad()
+    def _origin(self, batch: Batch) -> str:
+        """Where NaN or infinite values come from: the batch, a weight, or the first part of the model to give them."""
+        for name, value in batch.items():
+            if not value.isfinite().all():
+                return f", because {name} of its batch contains NaN or infinite values"
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                return f", because the weight {name} is NaN or infinite"
+        found: list[str] = []
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: object, output: object) -> None:
+                if isinstance(output, Tensor) and not found and not output.isfinite().all():
+                    found.append(name)
+
+            return hook
+
+        handles = [part.register_forward_hook(note(name)) for name, part in self.model.named_modules() if name]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                self(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return f", first in the output of {found[0]}" if found else ""
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accuracy, loss and perhaps F1 on validation data."""
@@ -112,6 +166,9 @@ class ClassificationModule(LightningModule):
         logits = self(batch)
         size = len(logits)
         loss = F.cross_entropy(logits, batch["labels"])
+        if not torch.isfinite(loss) and self._warned_at != self.global_step:
+            self._warned_at = self.global_step
+            logger.warning("the %s loss is %s at step %d%s", split, loss.item(), self.global_step, self._origin(batch))
         self.log(f"{split}/loss", loss, on_epoch=True, batch_size=size, sync_dist=True)
         self._log_accuracy(split, logits, batch["labels"])
         if split in self.f1_scores:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import platform
+import reprlib
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +25,7 @@ from torch import Tensor
 from sat.attention import AdaptiveAttention
 from sat.baselines import StructureAttention, fingerprint
 from sat.callback import AdaptiveSparsity
-from sat.files import written_whole
+from sat.files import holds_bools, reason, shortened, written_whole
 from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import CHECKPOINT_VERSION, ClassificationModule
@@ -28,6 +33,34 @@ from sat.monitor import Monitor
 from sat.plots import plot_layouts, plot_statistics
 
 CONFIG_FOLDER = "configs"
+SECTIONS = ("data", "model", "optimizer", "sparsity", "trainer")
+# Those that are shipped have less than 2,000 bytes and 3 levels.
+LONGEST_CONFIG, DEEPEST_CONFIG = 2**16, 10
+# Tensors of a checkpoint together, in its own size: some share their memory (tied weights).
+LARGEST_CONTENT = 4
+DEEPEST_CONTENT = 40  # ours have 7 levels
+# What the callbacks keep in checkpoints and read long after they are loaded; see _fits.
+STATES: dict[str, Any] = {
+    "AdaptiveSparsity": {
+        "steps": int,
+        "history": [{"step": int, "layers": [{str: float}]}],
+        "controller": {
+            "layers": [
+                {
+                    "history": dict.fromkeys(("skewness", "distance", "relative_change"), float)
+                    | {"observations": int, "score_matrix": torch.Tensor},
+                    "verdict": {"met": bool, "streak": int, "missing": str},
+                    "layout": torch.Tensor,
+                }
+            ]
+        },
+        "transitions": [
+            {"layout": torch.Tensor, "layer": int, "step": int, "empty_rows": int, "forced": bool, "missing": str}
+            | dict.fromkeys(("density", "captured_mass", "best_mass", "skewness", "relative_change"), float)
+        ],
+    },
+    "Monitor": {"step_times": {str: [float]}, "validation_accuracy": {str: float}, "validated_at": int},
+}
 
 
 # Command line
@@ -80,6 +113,57 @@ def _find_config(value: str) -> Path:
             return path
     names = ", ".join(sorted(p.name for p in shipped.glob("*.yaml")))
     raise ValueError(f"no config {value!r}; give the path of a YAML file, or one of {names}")
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A config as a mapping of sections and options, read without running or importing anything that it names.
+
+    Raises:
+        ValueError: it is no YAML file, is longer or deeper than a config can be, or asks for more than options.
+    """
+    path = Path(path)
+    try:
+        if (size := path.stat().st_size) > LONGEST_CONFIG:
+            raise ValueError(f"it has {size:,} bytes, a config at most {LONGEST_CONFIG:,}")
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(text)
+        content = yaml.safe_load(text)
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.ScalarEvent):  # a text may be YAML again where options are mappings
+                with contextlib.suppress(yaml.YAMLError):
+                    _check_yaml(event.value)
+    except Exception as error:  # whatever a broken or hostile file makes the reader raise
+        raise ValueError(f"{path} is not a config that can be read: {reason(error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in SECTIONS):
+        raise ValueError(f"{path} is not a config: it must map sections such as data and model to options")
+    for key in _keys(content):
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise ValueError(f"{path} has the key {key!r}; the keys of a config are names of options")
+        if "class_path" in key.split("."):
+            raise ValueError(f"{path} has a class_path; configs choose by name, and no code but ours is run for them")
+    if "config" in content:
+        raise ValueError(f"{path} names another config; give both on the command line, --config A --config B")
+    return content
+
+
+def _check_yaml(text: str) -> None:
+    """Refuse YAML of which a few lines stand for gigabytes, or that is deeper than a config can be."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has the alias *{event.anchor}; write out what that stands for")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_CONFIG:
+            raise ValueError(f"it is nested more than {DEEPEST_CONFIG} levels deep")
+
+
+def _keys(content: Any) -> Iterator[Any]:
+    """The keys of all mappings."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield key
+        yield from _keys(value)
+    for value in content if isinstance(content, list) else ():
+        yield from _keys(value)
 
 
 # Folders and checkpoints
@@ -138,6 +222,117 @@ def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | No
     return max(last, key=lambda path: (path if path.is_file() else path.parent).stat().st_mtime_ns)
 
 
+def _read_checkpoint(path: Path, option: str) -> dict[str, Any]:
+    """Tensors, numbers and strings of a checkpoint; nothing in it is run, and it takes no more memory than its file.
+
+    Raises:
+        ValueError: it is cut short, damaged or something else.
+    """
+    version = None
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+            # As PyTorch writes it: what is compressed could be a thousand times as large.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("it is compressed")
+            if sum(entry.file_size for entry in entries) > size:
+                raise ValueError("it says that it is longer than it is")
+            if (damaged := file.testzip()) is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
+            described = sum(entry.file_size for entry in entries if entry.filename.endswith("data.pkl"))
+        # Mapped, so that a large one costs no memory.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _check_contents(checkpoint, size, described)
+        sections = ("state_dict", "loops", "callbacks")
+        if isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(name), dict) for name in sections):
+            version = checkpoint.get("sat_version", CHECKPOINT_VERSION)
+            if not isinstance(version, int):
+                raise ValueError(f"its version is {reprlib.repr(version)}")
+            if version <= CHECKPOINT_VERSION:
+                _check_state(checkpoint)
+                return checkpoint
+    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+        # PyTorch's own words for this say how to run what the file holds.
+        code = type(error).__name__ == "UnpicklingError"
+        why = "it holds more than tensors, numbers and strings, or is damaged" if code else reason(error)
+        raise ValueError(f"{path} is not a whole checkpoint ({why}); give another {option}") from error
+    if version is not None:
+        raise ValueError(
+            f"{path} is a checkpoint of version {version}, this version of SAT reads up to {CHECKPOINT_VERSION}; "
+            f"upgrade SAT to read it"
+        )
+    raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
+
+
+def _check_contents(content: Any, size: int, described: int) -> None:
+    """Refuse what stands for more than a file of ``size`` bytes holds, or what PyTorch counts wrongly with.
+
+    Args:
+        content: what was read.
+        size: of the file, in bytes.
+        described: bytes of the part that says what there is; everything but the tensors' content.
+    """
+    total = count = 0
+    left: list[tuple[Any, int]] = [(content, 0)]
+    while left:
+        value, depth = left.pop()
+        count += 1
+        # A container that holds itself, or one that is there many times: each time takes at least a byte to say.
+        if depth > DEEPEST_CONTENT or count > described:
+            raise ValueError("it is nested without end")
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError(f"it holds a tensor of the layout {value.layout} on {value.device}")
+            total += value.numel() * value.element_size()
+            if total > LARGEST_CONTENT * size:  # tensors may share their memory, and stay so only until they are copied
+                raise ValueError("its tensors are larger than the file")
+            if not holds_bools(value):
+                raise ValueError("a tensor of bools holds other bytes than 0 and 1")
+        elif isinstance(value, dict | list | tuple | set):
+            left += [(item, depth + 1) for item in value]
+            left += [(item, depth + 1) for item in value.values()] if isinstance(value, dict) else []
+
+
+def _check_state(checkpoint: dict[str, Any]) -> None:
+    """Refuse counts and records that would be stumbled over in the middle of a run, or at its end."""
+    progress = [checkpoint["loops"]]
+    while progress:
+        for name, part in progress.pop().items():
+            if name in ("current", "total") and not _fits(part, {str: int}):
+                raise ValueError(f"its count of batches or epochs is {reprlib.repr(part)}")
+            progress += [part] if isinstance(part, dict) else []
+    step = checkpoint["global_step"]
+    loop = checkpoint["loops"]["fit_loop"]
+    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    batches = loop["epoch_loop.state_dict"].get("_batches_that_stepped", 0)
+    learning_rates = [scheduler["last_epoch"] for scheduler in checkpoint["lr_schedulers"]]
+    if not all(_fits(each, int) for each in (step, batches)) or any(each != step for each in (steps, *learning_rates)):
+        raise ValueError(f"it has done {reprlib.repr(step)} steps, or {reprlib.repr([steps, batches, learning_rates])}")
+    for name, pattern in STATES.items():
+        for key, state in checkpoint["callbacks"].items():
+            if str(key).startswith(name) and not _fits(state, pattern):
+                raise ValueError(f"the state of {name} in it is none")
+
+
+def _fits(value: Any, pattern: Any) -> bool:
+    """Whether a value is of a pattern: a type, a list of one, or a dict of some by their names, or of one by any."""
+    if isinstance(pattern, list):
+        return isinstance(value, list) and all(_fits(item, pattern[0]) for item in value)
+    if isinstance(pattern, dict):
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            return False
+        return all(_fits(item, pattern.get(key, pattern.get(str, object))) for key, item in value.items())
+    if pattern is int:  # of something that was counted
+        return isinstance(value, int) and 0 <= value < 2**62
+    return isinstance(value, int | float) if pattern is float else isinstance(value, pattern)
+
+
+def _kind(tensor: torch.Tensor) -> torch.dtype | str:
+    """The type of a tensor's entries; all precisions are one, because a model is made in float32."""
+    return "float" if tensor.is_floating_point() else tensor.dtype
+
+
 def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassifier | PretrainedClassifier) -> None:
     """That a file is a checkpoint of this very model and way of training; reads tensors, numbers and strings only.
 
@@ -149,14 +344,16 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
     if was is None:  # written before there was a choice
         was = {"name": "adaptive" if checkpoint["callbacks"].get(AdaptiveSparsity.__qualname__) else "dense"}
     now = {"name": model.attention, "options": model.attention_options}
+    if not isinstance(was, dict) or not isinstance(was.get("name"), str):
+        raise ValueError(f"{path} does not say with which attention it was trained; give one that sat.train wrote")
     if was["name"] != now["name"]:
         raise ValueError(
-            f"{path} was trained with model.attention={was['name']}, this run has {now['name']}; go on with "
-            f"--model.attention {was['name']}"
+            f"{path} was trained with model.attention={shortened(was['name'])}, this run has {now['name']}; go on with "
+            f"--model.attention {shortened(was['name'])}"
         )
     if was.get("options", {}) != now["options"]:
         raise ValueError(
-            f"{path} was trained with model.attention_options={was.get('options', {})}, this run has "
+            f"{path} was trained with model.attention_options={reprlib.repr(was.get('options', {}))}, this run has "
             f"{now['options']}; go on with the options that it was started with"
         )
     if was.get("fixed_layouts") != fingerprint(model):
@@ -198,33 +395,17 @@ def load_weights(path: Path, module: LightningModule) -> None:
     module.load_state_dict({**module.state_dict(), **theirs})
 
 
-def _read_checkpoint(path: Path, option: str) -> Mapping[str, Any]:
-    try:
-        # Mapped, so that a file that is cut short fails here and a large one costs no memory.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a broken or hostile file makes the reader raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a whole checkpoint ({reason}); give another {option}") from error
-    if not isinstance(checkpoint, Mapping) or not {"state_dict", "loops", "callbacks"} <= set(checkpoint):
-        raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
-    version = checkpoint.get("sat_version", CHECKPOINT_VERSION)
-    if not isinstance(version, int) or version > CHECKPOINT_VERSION:
-        raise ValueError(
-            f"{path} is a checkpoint of version {version}, this version of SAT reads up to {CHECKPOINT_VERSION}; "
-            f"upgrade SAT to read it"
-        )
-    return checkpoint
-
-
 def _check_weights(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    odd = sorted(set(ours) ^ set(theirs))
+    odd = sorted(set(ours) ^ set(theirs), key=str)
     if odd:
         where = "this model" if odd[0] in ours else "the checkpoint"
         raise ValueError(
-            f"{path} is a checkpoint of another model: {odd[0]} is in {where} only; start it with the config that the "
-            f"checkpoint was made with"
+            f"{path} is a checkpoint of another model: {shortened(str(odd[0]))} is in {where} only; start it with the "
+            f"config that the checkpoint was made with"
         )
     for name, tensor in ours.items():
+        if not isinstance(theirs[name], torch.Tensor) or _kind(tensor) != _kind(theirs[name]):
+            raise ValueError(f"{path} is not a whole checkpoint ({name} is of another kind); give another --ckpt_path")
         if tensor.shape != theirs[name].shape:
             raise ValueError(
                 f"{path} is a checkpoint of another model: {name} has the shape {list(theirs[name].shape)} there and "

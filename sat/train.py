@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -35,7 +34,7 @@ from sat import runs
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, ColorImageDataModule, SequenceDataModule, TextDataModule
-from sat.files import UNWRITABLE, written_whole
+from sat.files import UNWRITABLE, reason, written_whole
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
 from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast, WholeCheckpoints
@@ -130,13 +129,16 @@ def parse(argv: list[str]) -> tuple[Namespace, ArgumentParser]:
             data_name = "mrpc" if pretrained else "cifar10"  # any: they share most options
         else:
             raise ValueError(f"no data set chosen; give --config or --data.name, one of {', '.join(DATASETS)}")
-    if data_name not in DATASETS:
+    if not isinstance(data_name, str) or data_name not in DATASETS:
         raise ValueError(f"unknown data set {data_name!r} in data.name; there are {', '.join(DATASETS)}")
     parser = build_parser(data_name, pretrained)
     try:
-        return parser.parse_args(argv or ["--help"]), parser
-    except argparse.ArgumentError as error:
+        args = parser.parse_args(argv or ["--help"])
+    except (argparse.ArgumentError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+    if not args.name or Path(args.name).is_absolute() or ".." in Path(args.name).parts:
+        raise ValueError(f"name must be that of a folder inside of output_dir, got {args.name!r}; give another --name")
+    return args, parser
 
 
 def _choices(argv: list[str]) -> tuple[str | None, bool]:
@@ -154,15 +156,9 @@ def _choices(argv: list[str]) -> tuple[str | None, bool]:
         if option == "--model.pretrained":
             pretrained = True
             continue
-        try:
-            content = yaml.safe_load(Path(value).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{value} is not a YAML file: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict) or not isinstance(content.get("data", {}), dict):
-            raise ValueError(f"{value} is not a config: it must map sections such as data and model to options")
+        content = runs.read_config(value)
         name = content.get("data", {}).get("name", name)
-        model = content.get("model")
-        pretrained |= isinstance(model, dict) and "pretrained" in model
+        pretrained |= "pretrained" in content.get("model", {})
     return name, pretrained
 
 
@@ -506,8 +502,8 @@ def _requeue() -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
-        print(f"sat.train: the job {job} is not queued again ({reason}); queue it yourself", file=sys.stderr)
+        why = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        print(f"sat.train: the job {job} is not queued again ({why}); queue it yourself", file=sys.stderr)
 
 
 def _sentence(error: BaseException, run: Run) -> tuple[str, int]:
@@ -515,12 +511,16 @@ def _sentence(error: BaseException, run: Run) -> tuple[str, int]:
     if isinstance(error, FloatingPointError | LayoutsDiffer):
         return f"{error}{_kept(run)}", 1
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        reason = f"nothing can be written to {run.folder} ({error.strerror})" if error.strerror else str(error)
-        return f"{reason}{_kept(run)}", 1
+        why = f"nothing can be written to {run.folder} ({error.strerror})" if error.strerror else str(error)
+        return f"{why}{_kept(run)}", 1
     if isinstance(error, ValueError | MisconfigurationException) and not run.monitor.trained:  # a matter of settings
         return " ".join(str(error).split()), 2
     if run.trainer.world_size > 1 and _lost_a_process(error):
         return f"{_who_died(run.trainer)}, and the run stops{_go_on(run)}", 1
+    if isinstance(error, Exception) and run.checkpoint is not None and not run.monitor.trained:
+        # A file of ours brings none of these about, one that somebody has changed does, wherever it is taken up.
+        what = f"{type(error).__name__}: {reason(error)}"
+        return f"{run.checkpoint} cannot be gone on from ({what}); give another --ckpt_path, or none to start anew", 2
     return "", 1
 
 

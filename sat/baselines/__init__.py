@@ -153,7 +153,7 @@ def _read_deepspeed(file: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the DeepSpeed configuration {path} ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file ({error})") from error
     if not isinstance(content, dict) or not {"sparse_attention", "mode"} & set(content):
         raise ValueError(

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sat.files import save_tensors
+from sat.files import DamagedFile, read_safetensors, reason, save_tensors, shortened
 
 FORMAT = "sat.data"
 FORMAT_VERSION = 1
@@ -43,10 +42,17 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sat"
 
 
-def cached(cache_dir: Path, name: str, identity: object, prepare: Callable[[], Prepared]) -> Prepared:
+def cached(
+    cache_dir: Path,
+    name: str,
+    identity: object,
+    prepare: Callable[[], Prepared],
+    check: Callable[[Prepared], None] = lambda _: None,
+) -> Prepared:
     """What ``prepare`` returns, from disk when it was written there before for the same ``identity``.
 
-    A file that is cut short or damaged is written anew, with a sentence in the log.
+    A file that is cut short or damaged, or whose content ``check`` refuses with a ValueError, is written anew, with a
+    sentence in the log.
 
     Raises:
         PermissionError: nothing can be written to the cache folder.
@@ -56,8 +62,10 @@ def cached(cache_dir: Path, name: str, identity: object, prepare: Callable[[], P
     file = cache_dir / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{digest}.safetensors"
     if file.is_file():
         try:
-            return _read(file)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            prepared = _read(file)
+            check(prepared)
+            return prepared
+        except ValueError as error:
             logger.warning("%s is damaged (%s); %s is prepared anew", file, error, name)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -86,17 +94,28 @@ def _write(file: Path, prepared: Prepared) -> None:
 
 
 def _read(file: Path) -> Prepared:
+    """What :func:`_write` wrote.
+
+    Raises:
+        ValueError: it is cut short, damaged or something else; the reason alone.
+    """
+    metadata, tensors = read_safetensors(file)
+    try:
+        checksums, class_names = (json.loads(metadata.get(name, "null")) for name in ("checksums", "class_names"))
+    except RecursionError as error:
+        raise DamagedFile(reason(error)) from error
+    if not isinstance(checksums, dict) or checksums.keys() != tensors.keys():
+        raise DamagedFile("it has checksums of other tensors than it holds")
+    if not isinstance(class_names, list) or not all(isinstance(each, str) for each in class_names):
+        raise DamagedFile("its names of classes are no list of names")
     splits: dict[str, dict[str, Tensor]] = {}
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-        for name, checksum in json.loads(metadata["checksums"]).items():
-            split, _, key = name.partition(".")
-            tensor = opened.get_tensor(name)
-            if _checksum(tensor) != checksum:
-                raise ValueError(f"wrong checksum of {name}")
-            splits.setdefault(split, {})[key] = tensor
-    return Prepared(splits, json.loads(metadata["class_names"]))
+    for name, tensor in tensors.items():
+        if _checksum(tensor) != checksums[name]:
+            raise DamagedFile(f"wrong checksum of {shortened(name)}")
+        split, _, key = name.partition(".")
+        splits.setdefault(split, {})[key] = tensor
+    return Prepared(splits, class_names)
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

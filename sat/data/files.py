@@ -100,7 +100,28 @@ class FileDataModule(SequenceDataModule):
     def load_cached(self, identity: object, tables: Callable[[], dict[str, sources.Table]]) -> Prepared:
         """The encoded tables, from the cache when they were encoded before under the same identity."""
         key = [self.encoding(), self.num_classes, identity]
-        return cached(self.cache_dir, self.dataset_name, key, lambda: self._encode_tables(tables()))
+        return cached(
+            self.cache_dir, self.dataset_name, key, lambda: self._encode_tables(tables()), self.check_prepared
+        )
+
+    def check_prepared(self, prepared: Prepared) -> None:
+        """Refuse what a cached file may hold and :meth:`encode` never gives, before training stumbles over it.
+
+        Raises:
+            ValueError: it holds such; the reason alone.
+        """
+        if not {"train"} <= prepared.splits.keys() <= set(sources.SPLIT_PREFIXES):
+            raise ValueError("it has other splits than train, validation and test")
+        for name, tensors in prepared.splits.items():
+            labels = tensors.get("labels")
+            if labels is None or labels.dtype != torch.int64 or labels.dim() != 1 or len(labels) == 0:
+                raise ValueError(f"its {name} split has no labels")
+            if labels.min() < 0 or labels.max() >= self.num_classes:
+                raise ValueError(f"a label of its {name} split is none of {self.num_classes} classes")
+            self.check_tensors(tensors, len(labels))
+
+    def check_tensors(self, tensors: dict[str, Tensor], rows: int) -> None:
+        """Refuse tensors of a split that :meth:`encode` never gives, with a ValueError; subclasses say which."""
 
     def _encode_tables(self, tables: dict[str, sources.Table]) -> Prepared:
         if "train" not in tables:
@@ -132,3 +153,18 @@ class FileDataModule(SequenceDataModule):
             content = [each.combine_chunks() if isinstance(each, pa.ChunkedArray) else each for each in found]
             yield content[0] if len(content) == 1 else pa.StructArray.from_arrays(content, names=names)
             advance(rows.num_rows)
+
+
+def check_ragged(offsets: Tensor | None, rows: int, content: Tensor | None, dtype: torch.dtype, longest: int) -> None:
+    """Refuse what is no flat buffer with the ``offsets [rows + 1]`` of rows of 1 to ``longest`` entries.
+
+    Raises:
+        ValueError: it is none; the reason alone.
+    """
+    if content is None or content.dtype != dtype or content.dim() != 1:
+        raise ValueError("it has no buffer of tokens")
+    if offsets is None or offsets.dtype != torch.int64 or list(offsets.shape) != [rows + 1]:
+        raise ValueError(f"it does not say where {rows} rows begin")
+    lengths = offsets.diff()
+    if offsets[0] != 0 or offsets[-1] != len(content) or lengths.min() < 1 or lengths.max() > longest:
+        raise ValueError("its rows do not begin one after the other")

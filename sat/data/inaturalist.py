@@ -160,7 +160,7 @@ def _official_validation(listing: Path) -> set[Path]:
     try:
         images = json.loads(listing.read_text(encoding="utf-8"))["images"]
         return {listing.parent / image["file_name"] for image in images}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{listing} is cut short or of another form ({type(error).__name__}: {error}), expected "
             f'{{"images": [{{"file_name": "train_val2018/..."}}, ...]}}; unpack it again from the '

@@ -24,6 +24,9 @@ from sat.data.files import FileDataModule
 from sat.data.loading import Batch, Transform
 from sat.data.sources import Table, from_folder_or_hub
 
+# Pillow knows more, among them some that it has other programs read (EPS: Ghostscript).
+PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+
 
 class Pixels(Dataset[Batch]):
     """Rows of a uint8 tensor ``[n, L]``; indexed by a list of positions, it gives a batch."""
@@ -98,6 +101,12 @@ class ImageDataModule(FileDataModule):
         """The pixels of a picture depend on its size and on whether it is gray."""
         return [self.image_size] if self.mode == "L" else [self.image_size, self.mode]
 
+    def check_tensors(self, tensors: dict[str, Tensor], rows: int) -> None:
+        """Refuse anything but so many pictures of this size."""
+        pixels, expected = tensors.get("pixels"), [rows, self.image_size**2 * len(self.mode)]
+        if pixels is None or pixels.dtype != torch.uint8 or list(pixels.shape) != expected:
+            raise ValueError(f"it has no pixels of the shape {expected}")
+
     def encode(self, rows: Iterator[pa.Array], table: Table) -> dict[str, Tensor]:
         """Every picture as a row of uint8: ``[n, L]``, in colour ``[n, 3 * L]``, three values a pixel."""
         pixels = np.empty((table.num_rows, self.image_size**2 * len(self.mode)), dtype=np.uint8)
@@ -106,7 +115,7 @@ class ImageDataModule(FileDataModule):
         # Pillow decodes outside the interpreter's lock, so threads do.
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             for column in rows:
-                if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
+                if not _holds_pictures(column.type):
                     raise ValueError(
                         f"the pictures of {table.name} are of the type {column.type}, expected {{bytes, path}} as the "
                         f"datasets library writes them; write them with an Image feature"
@@ -268,9 +277,13 @@ def read_processor(name: str) -> tuple[tuple[float, ...], tuple[float, ...], tup
         mean = tuple(float(value) for value in ((0.0, 0.0, 0.0) if plain else content["image_mean"]))
         std = tuple(float(value) for value in ((1.0, 1.0, 1.0) if plain else content["image_std"]))
         height, width = (int(side) for side in size)
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or min(height, width) < 1:
+        if (
+            len(mean) != 3
+            or len(std) != 3
+            or not (np.isfinite([*mean, *std]).all() and min(std) > 0 < min(height, width))
+        ):
             raise ValueError("three means, three positive deviations and a size are expected")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"the preprocessor_config.json of {name} does not say image_mean, image_std and size as an image processor "
             f"for RGB pictures does ({type(error).__name__}: {error}); give another --data.processor"
@@ -292,8 +305,16 @@ def _processor_file(name: str, local_files_only: bool) -> str:
     return text
 
 
-def decode_pixels(encoded: bytes | str | None, name: str, size: int, mode: Literal["L", "RGB"] = "L") -> np.ndarray:
-    """A picture, given as the bytes of a file or its path, as ``[size * size * colours]`` values, uint8.
+def _holds_pictures(kind: pa.DataType) -> bool:
+    """Whether a column holds files of pictures. Texts in their place would be names of files on this machine."""
+    place = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+    return place >= 0 and any(
+        check(kind.field(place).type) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
+    )
+
+
+def decode_pixels(encoded: bytes | None, name: str, size: int, mode: Literal["L", "RGB"] = "L") -> np.ndarray:
+    """A picture, given as the bytes of a file, as ``[size * size * colours]`` values, uint8.
 
     Raises:
         ValueError: there is no picture, or Pillow cannot decode it.
@@ -301,7 +322,7 @@ def decode_pixels(encoded: bytes | str | None, name: str, size: int, mode: Liter
     if encoded is None:
         raise ValueError(f"{name} has no bytes; store the pictures inside the parquet file")
     try:
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+        with Image.open(io.BytesIO(encoded), formats=PICTURE_FORMATS) as image:
             # A JPEG far larger than needed is decoded at a fraction of its size, which is several times faster.
             if min(image.size) >= 8 * size:
                 image.draft(mode, (4 * size, 4 * size))

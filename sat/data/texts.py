@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sat.data.base import check_at_least
-from sat.data.files import FileDataModule
+from sat.data.files import FileDataModule, check_ragged
 from sat.data.loading import Batch
 from sat.data.sources import Table
 
@@ -98,6 +98,10 @@ class TextDataModule(FileDataModule):
     def encoding(self) -> Sequence[int | str]:
         """The tokens of a text depend on where it is cut."""
         return [self.seq_len]
+
+    def check_tensors(self, tensors: dict[str, Tensor], rows: int) -> None:
+        """Refuse anything but a buffer of characters and its offsets."""
+        check_ragged(tensors.get("offsets"), rows, tensors.get("bytes"), torch.uint8, self.seq_len)
 
     def encode(self, rows: Iterator[pa.Array], table: Table) -> dict[str, Tensor]:
         """All texts in one uint8 buffer, and int64 ``offsets [n + 1]`` of where each begins."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sat.data.base import check_at_least
-from sat.data.files import FileDataModule
+from sat.data.files import FileDataModule, check_ragged
 from sat.data.loading import Batch
 from sat.data.sources import Table, checked_column, from_folder_or_hub
 
@@ -128,6 +128,16 @@ class TokenizedTextDataModule(FileDataModule):
     def encoding(self) -> Sequence[int | str]:
         """The tokens of a text depend on where it is cut and on all that the tokenizer's files say."""
         return [self.seq_len, tokenizer_digest(self.tokenizer)]
+
+    def check_tensors(self, tensors: dict[str, Tensor], rows: int) -> None:
+        """Refuse anything but ids that the tokenizer has, their offsets, and perhaps as many types."""
+        ids, types = tensors.get("ids"), tensors.get("types")
+        check_ragged(tensors.get("offsets"), rows, ids, torch.int32, self.seq_len)
+        assert ids is not None
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise ValueError(f"it has ids that are none of the tokenizer's {self.vocab_size}")
+        if types is not None and (types.dtype != torch.uint8 or types.shape != ids.shape):
+            raise ValueError("it has types of other tokens")
 
     def encode(self, rows: Iterator[pa.Array], table: Table) -> dict[str, Tensor]:
         """All ids in one int32 buffer, int64 ``offsets [n + 1]`` of where each text begins, uint8 types if any."""

@@ -12,15 +12,14 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sat import ops
 from sat.attention import AdaptiveAttention
-from sat.files import save_tensors
+from sat.files import DamagedFile, read_safetensors, reason, save_tensors, shortened, whole_number
 from sat.layout import BlockLayout
 from sat.ops import checks
 from sat.ops.autocast import as_autocast_does
@@ -200,30 +199,32 @@ def load_layouts(model: PreTrainedModel, name_or_path: str | os.PathLike[str]) -
     """
     path = _layouts_file(name_or_path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file, but none that save_layouts wrote")
-            if int(metadata["version"]) > FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} has format {metadata['version']} of layouts, this version of SAT reads up to "
-                    f"{FORMAT_VERSION}; upgrade SAT to read it"
-                )
-            seq_len, block_size = int(metadata["seq_len"]), int(metadata["block_size"])
-            pruned: Any = metadata["pruned"]
-            model_type, sparse = metadata["model_type"], set(json.loads(metadata["sparse"]))
-            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        metadata, masks = read_safetensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is a safetensors file, but none that save_layouts wrote")
+        if (version := whole_number(metadata, "version")) > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format {version} of layouts, this version of SAT reads up to {FORMAT_VERSION}; upgrade "
+                f"SAT to read it"
+            )
+        seq_len, block_size = (whole_number(metadata, name) for name in ("seq_len", "block_size"))
+        model_type, pruned = metadata.get("model_type", ""), cast(ops.Pruned, metadata.get("pruned"))
+        sparse = _sparse_modules(metadata.get("sparse", ""), masks)
+        if pruned not in get_args(ops.Pruned):
+            raise DamagedFile(f"its pruned is {shortened(str(pruned))}")
+    except DamagedFile as error:
         raise ValueError(f"{path} is not a whole file of layouts ({error}); save the model again") from error
     if model_type != model.config.model_type:
-        raise ValueError(f"{path} has the layouts of a model of type {model_type}, not {model.config.model_type}")
+        raise ValueError(
+            f"{path} has the layouts of a model of type {shortened(model_type)}, not {model.config.model_type}"
+        )
     modules = _self_attentions(model)
     names = {_base_name(model, name): name for name in modules}
     if names.keys() != masks.keys():
         strange = sorted(names.keys() ^ masks.keys())
         raise ValueError(
             f"{path} has the layouts of another model: {len(masks)} attention modules, where this "
-            f"{type(model).__name__} has {len(modules)}; {strange[0]} is in only one of them"
+            f"{type(model).__name__} has {len(modules)}; {shortened(strange[0])} is in only one of them"
         )
     blocks = -(-seq_len // block_size)
     for name, mask in masks.items():
@@ -239,6 +240,17 @@ def load_layouts(model: PreTrainedModel, name_or_path: str | os.PathLike[str]) -
     for name, mask in masks.items():
         states[names[name]].set_layout(BlockLayout(mask, block_size) if name in sparse else None)
     return states
+
+
+def _sparse_modules(text: str, masks: dict[str, Tensor]) -> list[str]:
+    """The names of the modules that have a layout, a JSON list of some of the masks' names."""
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"its list of sparse modules is no JSON: {reason(error)}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in masks for name in names):
+        raise DamagedFile("its list of sparse modules names others than those of its layouts")
+    return names
 
 
 def _attention(

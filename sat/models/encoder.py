@@ -16,6 +16,8 @@ from sat.baselines import LongformerAttention, LSGAttention, make_baseline
 from sat.models.dropout import Dropout
 
 AttentionName = Literal["adaptive", "spion", "dense", "explicit", "structure", "flex", "longformer", "bigbird", "lsg"]
+# No Any among them: for that, jsonargparse would import whatever class_path a config names.
+AttentionOptions = dict[str, bool | int | float | str | list[int] | None]
 
 
 class EncoderLayer(nn.Module):
@@ -150,7 +152,7 @@ class SequenceClassifier(nn.Module):
         head_dim: int = 128,
         dropout: float = 0.1,
         attention: AttentionName = "adaptive",
-        attention_options: dict[str, Any] | None = None,
+        attention_options: AttentionOptions | None = None,
         block_size: int = 32,
     ) -> None:
         super().__init__()
