@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from sat.layout import BlockLayout
 from sat.sparsity.controller import SparsityController, Transition
 from sat.sparsity.masks import MaskName
+from sat.sparsity.pooled import PooledAttention
 
 if TYPE_CHECKING:  # the type only: importing the operators would load Triton
     from sat.ops.types import AttentionStatistics
@@ -151,6 +152,7 @@ class SparsityPhases:
         self.attentions: dict[str, Attention] = {}
         self.transitions: list[Transition] = []
         self.history: list[dict[str, Any]] = []
+        self.pooled: dict[int, PooledAttention] = {}  # of the layers that switched with the latest batch
         self._steps = 0  # optimizer steps; trainer.global_step counts those of every optimizer
         self._unscaled: dict[Optimizer, list[Any]] = {}
         self._hooks: list[Any] = []
@@ -244,6 +246,7 @@ class SparsityPhases:
     def before_batch(self, ends_step: bool) -> None:
         """Ask the dense layers for statistics, if an optimizer step ends with this batch that is an ``interval``-th."""
         assert self.controller is not None
+        self.pooled = {}
         observes = ends_step and (self._steps + 1) % self.interval == 0
         for index, attention in enumerate(self.attentions.values()):
             watched = observes and self.controller.phase(index) == "dense"
@@ -284,6 +287,7 @@ class SparsityPhases:
             logger.info("no observation at step %d: the layers %s took no part in this batch", step, absent)
             return None
         transitions = self.controller.observe(step, statistics)
+        self.pooled = {t.layer: self._pooled(statistics[t.layer].pooled) for t in transitions}
         for transition in transitions:
             attentions[transition.layer].set_layout(transition.layout)
             if transition.forced:
@@ -299,6 +303,10 @@ class SparsityPhases:
             for name, value in layer.items()
             if value == value  # nan: not defined yet
         }
+
+    def _pooled(self, pooled: Tensor) -> PooledAttention:
+        assert self.controller is not None
+        return PooledAttention(pooled.cpu(), self.controller.block_size, *self.controller.lengths, self._steps)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the controller, the transitions and the statistics so far."""
