@@ -22,7 +22,7 @@ class Reach(NamedTuple):
         shares: after each layer, the share of the pairs of blocks that are reached, 0 to 1; of causal layouts, of the
             pairs in which the key does not come after the query.
         complete: how many layers it takes until any token has reached any other; None if all of them do not suffice.
-        causal: whether no layer keeps a block above the diagonal, so that nothing can travel there.
+        causal: whether the layers keep blocks below the diagonal and none above it, so that nothing can travel there.
     """
 
     maps: list[Tensor]
@@ -55,6 +55,7 @@ def reach(layouts: Sequence[BlockLayout | None]) -> Reach:
         )
     unions = [None if layout is None else layout.mask.any(0).cpu().numpy() for layout in layouts]
     causal = all(union is not None and not np.triu(union, 1).any() for union in unions)
+    causal &= any(union is not None and np.tril(union, -1).any() for union in unions)
     pairs = rows * (rows + 1) // 2 if causal else rows * rows
     known = np.zeros((rows, rows), dtype=bool)
     maps, shares = [], []

@@ -1,4 +1,4 @@
-"""Floor 6: what a run has left behind, as far as it can be read: of a folder, a checkpoint, or files of layouts.
+"""Floor 5: what a run has left behind, as far as it can be read: of a folder, a checkpoint, or files of layouts.
 
 Whatever is missing or damaged is noted in a sentence, and the rest is read all the same.
 """
@@ -110,7 +110,7 @@ def read(paths: Sequence[Path]) -> Findings:
     if len(paths) == 1 and first.is_file() and first.suffix == ".ckpt":
         found = Findings(f"{first.parent.name}/{first.name}", first)
         if not _add_checkpoint(found, first):
-            raise ValueError(found.notes[0])
+            raise ValueError(found.notes[0].rstrip("."))
         _add_config(found, first.parent.parent / "config.yaml")
         return found
     files: list[Path] = []
@@ -241,12 +241,13 @@ def _add_checkpoint(found: Findings, path: Path) -> bool:
         # Mapped, so that only what is looked at is read.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a broken or hostile file makes the reader raise
-        found.notes.append(f"{path} is not a whole checkpoint ({_line(error)})")
+        reason = _line(error).split(". ")[0]  # PyTorch goes on with advice for those who wrote it
+        found.notes.append(f"{path} is not a whole checkpoint ({reason}); give another one.")
         return False
     content = _mapping(content)
     callbacks = _mapping(content.get("callbacks"))
     if "state_dict" not in content or not callbacks:
-        found.notes.append(f"{path} holds no training checkpoint of sat.train")
+        found.notes.append(f"{path} holds no training checkpoint; give one that sat.train wrote.")
         return False
     monitor, sparsity = (_mapping(callbacks.get(name)) for name in ("Monitor", "AdaptiveSparsity"))
     known = {
@@ -298,21 +299,20 @@ def _layout_files(folder: Path) -> list[Path]:
 
 def _read_layouts(first: Path, files: Sequence[Path]) -> Findings:
     """Files of layouts beside each other; those that cannot be read are noted."""
-    found = Findings(
-        first.name if len(files) == 1 else (first if first.is_dir() else first.parent).resolve().name, first
-    )
+    folder = first if first.is_dir() else first.parent
+    found = Findings(first.name if len(files) == 1 else folder.resolve().name, first)
     for path in files:
         try:
             layers = _read_layout(path)
         except (OSError, ValueError, TypeError) as error:
             found.notes.append(f"{path.name} is left out: {_line(error)}.")
             continue
-        taken = {layer.name for layer in found.layers}
-        for layer in layers:  # files of one name lie in different folders
-            layer.name = f"{path.parent.name}/{layer.name}" if layer.name in taken else layer.name
+        if len({each.stem for each in files}) < len(files):  # files of one name, which lie in different folders
+            for layer in layers:
+                layer.name = str(path.with_suffix(""))
         found.layers += layers
     if not found.layers:
-        raise ValueError(found.notes[0])
+        raise ValueError(f"no layout could be read: {found.notes[0].rstrip('.')}")
     # Written by a run, or by a model; any other files may have nothing to do with each other.
     numbers = [re.fullmatch(r"layer (\d+)", layer.name) for layer in found.layers]
     in_order = [number is not None and int(number[1]) for number in numbers] == list(range(len(numbers)))
