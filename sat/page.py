@@ -118,7 +118,7 @@ def print_sections(console: Console, sections: Sequence[Section]) -> None:
         facts = not section.header
         table = Table(title=unmarked(section.heading) or None, title_justify="left", show_header=not facts)
         for index, name in enumerate(section.header or ("", "")):
-            table.add_column(unmarked(name), justify="left" if facts or index == 0 else "right")
+            table.add_column(unmarked(name), justify="left" if facts or index == 0 else "right", overflow="fold")
         for row in section.rows:
             table.add_row(*map(unmarked, row))
         console.print(table)

@@ -88,11 +88,10 @@ def _in_short(found: Findings) -> str:
         shares = [layout.density for layout in kept]
         least, most = min(shares), max(shares)
         share = f"{least:.1%}" if f"{least:.1%}" == f"{most:.1%}" else f"{least:.1%} to {most:.1%}"
-        what = "layers keep" if len(kept) > 1 else "layer keeps"
-        count = (
-            f"{len(kept)} {what}" if len(kept) == len(found.layers) else f"{len(kept)} of {len(found.layers)} {what}"
-        )
-        sentence = f"{count} {share} of the blocks of the attention matrix."
+        count = f"{len(kept)}" if len(kept) == len(found.layers) else f"{len(kept)} of {len(found.layers)}"
+        layers = "layer" if len(found.layers) == 1 else "layers"
+        keep = "keeps" if len(kept) == 1 else "keep"
+        sentence = f"{count} {layers} {keep} {share} of the blocks of the attention matrix."
     if steps:
         when = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
         forced = [layer.name for layer in found.layers if layer.forced]
