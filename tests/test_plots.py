@@ -260,3 +260,8 @@ def test_pixels_are_the_same_colours_as_in_pictures() -> None:
     attention = attention_pixels(torch.tensor([[[5.0, 0.1]]]))
     assert attention[0, 0].sum() < attention[0, 159].sum()  # dark = much
     assert max(layout_pixels(torch.ones(1, 3000, 3000) > 0).shape) <= 256
+
+
+def test_a_figure_shows_itself_in_a_notebook() -> None:
+    for figure in (plot_layouts([layout()]), statistics(1), plot_training({"train/loss": ([1, 2], [2.0, 1.0])})):
+        assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from sat.plots.style import FAINT, INK, heading, line_colors, thousands, written
+from sat.plots.style import FAINT, INK, Drawing, heading, line_colors, thousands, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def plot_statistics(
             if len(row) != len(steps):
                 raise ValueError(f"{what} of layer {i} has {len(row)} values for {len(steps)} steps")
 
-    figure = Figure(figsize=(9.2, 5.4), facecolor="white")
+    figure = Drawing(figsize=(9.2, 5.4), facecolor="white")
     upper, lower = figure.subplots(2, 1, sharex=True)
     figure.subplots_adjust(left=0.095, right=0.72, bottom=0.09, top=0.86, hspace=0.12)
     colors = line_colors(layers)
@@ -145,7 +145,7 @@ def plot_training(
     if not drawn:
         raise ValueError(f"plot_training draws loss, accuracy and step times, got {', '.join(curves) or 'nothing'}")
     height = 1.15 + 1.65 * len(drawn)
-    figure = Figure(figsize=(9.2, height), facecolor="white")
+    figure = Drawing(figsize=(9.2, height), facecolor="white")
     places = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     figure.subplots_adjust(left=0.095, right=0.72, bottom=0.5 / height, top=1 - 0.72 / height, hspace=0.16)
     styles: dict[str, dict[str, Any]] = {

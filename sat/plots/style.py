@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,15 @@ ATTENTION_COLORS = colormaps["YlOrBr"]
 FAINTEST = 0.45
 # A tenth of what uniform attention would give is as good as nothing.
 LEAST_ATTENTION = 0.1
+
+
+class Drawing(Figure):
+    """A figure that shows itself in a notebook, also where nobody has imported pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=100)
+        return file.getvalue()
 
 
 def attention_scale(largest: float) -> LogNorm:
@@ -124,7 +134,7 @@ def panels(
     end = left + columns * edge + (columns - 1) * across
     width = max(end + right, least_width)
     height = top + rows * edge + (rows - 1) * down + bottom
-    figure = Figure(figsize=(width, height), facecolor="white")
+    figure = Drawing(figsize=(width, height), facecolor="white")
     grid = [
         [
             figure.add_axes(
