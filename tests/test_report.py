@@ -278,7 +278,7 @@ def test_markup_in_names_is_text(tmp_path, capsys):
     BlockLayout(torch.eye(3, dtype=torch.bool), 8).save(tmp_path / "[red]<b>x&.safetensors")
     page, printed = made(capsys, tmp_path / "[red]<b>x&.safetensors")
     assert "[red]<b>x&" in page.words
-    assert "[red]<b>x&" in printed
+    assert printed.count("[red]<b>x&") > 1  # not only in the name of the page
 
 
 @pytest.mark.parametrize(
