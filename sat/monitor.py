@@ -18,6 +18,7 @@ import torch
 import torch.distributed
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from sat.callback import AdaptiveSparsity, ends_optimizer_step
 from sat.files import save_state
+from sat.plots import attention_pixels, layout_pixels
 
 # Step times that are kept of each phase; a median needs no more.
 KEPT_STEP_TIMES = 2000
@@ -108,10 +110,12 @@ class Monitor(Callback):
             times = self.step_times.setdefault(self.phase, [])
             times.append(now - self._last)
             del times[:-KEPT_STEP_TIMES]
+            pl_module.log("train/step_ms", 1e3 * median(times[-20:]))
         self._last = now
         if new:
             self._seen += len(new)
             self.note_peak_memory("dense", pl_module)
+            self._keep_attention(trainer)
             self._measure_switch(trainer, pl_module, [t.layer for t in new])
             self.console.print(transition_table(new))
             before, after = self.validation_accuracy["before"], self.validation_accuracy["after"]
@@ -132,6 +136,23 @@ class Monitor(Callback):
             self.peak_memory["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
                 2**20 if sys.platform == "darwin" else 2**10
             )
+
+    def _keep_attention(self, trainer: Trainer) -> None:
+        """What the layers attended to when they switched: files for sat.report, images beside them in TensorBoard."""
+        assert self.sparsity is not None
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir) / "attention"
+        folder.mkdir(parents=True, exist_ok=True)
+        boards = [each.experiment for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
+        layouts = {t.layer: t.layout for t in self.sparsity.transitions}
+        for layer, attention in self.sparsity.pooled.items():
+            attention.save(folder / f"layer{layer}.safetensors")
+            for board in boards:
+                over_uniform = attention.over_uniform()
+                images = {"layouts": layout_pixels(layouts[layer].mask), "attention": attention_pixels(over_uniform)}
+                for name, pixels in images.items():
+                    board.add_image(f"{name}/layer{layer}", pixels, attention.step, dataformats="HWC")
 
     def _measure_switch(self, trainer: Trainer, pl_module: LightningModule, layers: list[int]) -> None:
         assert self.sparsity is not None

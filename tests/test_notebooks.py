@@ -51,3 +51,26 @@ def test_fine_tune_pretrained_runs(tmp_path, monkeypatch, capsys, project_root):
     assert "layer 1: step " in printed
     assert "accuracy   dense 0." in printed
     assert len(names["sparsity"].layouts) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore:.*no accelerator is found.*:UserWarning")
+@pytest.mark.parametrize("name", ["inspect_layouts", "train_and_compare"])
+def test_notebooks_on_digits_run(name, tmp_path, monkeypatch, capsys, project_root):
+    monkeypatch.setenv("SAT_STEPS", "20")
+    monkeypatch.setenv("SAT_EDGE", "8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in code_of(project_root / "notebooks" / f"{name}.ipynb"):
+        exec(compile(cell, name, "exec"), names)
+    printed = capsys.readouterr().out
+    if name == "inspect_layouts":
+        assert "layer 1, learned " in printed
+        assert (names["RUN"] / "report.html").is_file()
+    else:
+        assert {run: round(summary["density"] or 1, 2) for run, summary in names["summaries"].items()} == {
+            "dense": 1,
+            "learned": 0.12,  # the diagonal
+            "window": 0.34,
+        }
+        assert "learned " in printed
+        assert "nan" not in printed

@@ -4,13 +4,26 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from sat.layout import BlockLayout
-from sat.plots import plot_layouts, plot_statistics
+from sat.plots import (
+    DPI,
+    KEPT,
+    PRUNED,
+    attention_pixels,
+    layout_pixels,
+    plot_layer,
+    plot_layouts,
+    plot_reach,
+    plot_statistics,
+    plot_training,
+)
 
 STEPS = list(range(0, 100, 10))
 
@@ -143,3 +156,112 @@ def test_errors_are_sentences() -> None:
         plot_statistics([0], [[1.0], [1.0, 2.0]], [[1.0], [1.0]], theta=1.7, delta=1.3)
     with pytest.raises(ValueError, match="switch_steps has 2 entries"):
         statistics(1, switch_steps=[1, 2])
+
+
+def rendered(figure: Figure) -> torch.Tensor:
+    """What is seen, ``[height, width, 3]``."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba()).copy())[..., :3]
+
+
+def test_a_lone_block_of_millions_can_be_seen() -> None:
+    mask = torch.zeros(1, 2048, 2048, dtype=torch.bool)
+    empty = plot_layouts([BlockLayout(mask, 32)])
+    mask[0, 1333, 517] = True
+    figure = plot_layouts([BlockLayout(mask, 32)])
+    assert "several blocks of 32 × 32 tokens" in words(figure)
+    (image,) = images(figure)
+    assert max(image.get_array().shape) <= figure.dpi * 3.6 * 2  # fewer cells than pixels in print
+    seen = []
+    for each in (figure, empty):
+        each.dpi = DPI
+        picture, box = rendered(each), each.axes[0].get_position()
+        height, width = picture.shape[:2]
+        rows, columns = (
+            [round(edge * size) + border for edge, border in zip(edges, (5, -5), strict=True)]  # without the frame
+            for size, edges in ((height, (1 - box.y1, 1 - box.y0)), (width, (box.x0, box.x1)))
+        )
+        seen.append(picture[slice(*rows), slice(*columns)].amax(2))
+    assert (seen[1] > 230).all()
+    dark = seen[0] < 200
+    assert dark.any()
+    row, column = (dark.nonzero().float().mean(0) / torch.tensor(dark.shape)).tolist()
+    assert (row, column) == pytest.approx((1333 / 2048, 517 / 2048), abs=0.01)
+
+
+def test_groups_of_blocks_are_as_dark_as_they_are_full() -> None:
+    mask = torch.zeros(1, 1024, 1000, dtype=torch.bool)
+    mask[:, :512] = True
+    (image,) = images(plot_layouts([BlockLayout(mask, 8)]))
+    cells = torch.as_tensor(image.get_array())
+    assert set(cells.unique().tolist()) == {0, 1}
+    assert image.axes.get_xlim() == (0, 8000)
+
+
+def test_a_layer_shows_each_head_with_its_blocks_below() -> None:
+    kept, attention = layout(3), torch.rand(3, 8, 8)
+    figure = plot_layer(kept, attention, block_size=32, held=[(0.2, 0.31)] * 3, title="Layer 4")
+    drawn = [torch.as_tensor(image.get_array()) for image in images(figure)][:6]  # the last is the colour bar
+    assert torch.equal(torch.stack(drawn[:3]), attention)
+    assert torch.equal(torch.stack(drawn[3:]).bool(), kept.mask)
+    for expected in ("Layer 4", "head 2", "holds 20 % of 31 %", "1 × is what it would be if spread evenly"):
+        assert expected in words(figure)
+
+
+def test_a_layout_for_all_heads_stands_beside_their_mean_and_each() -> None:
+    kept, attention = layout(1), torch.rand(8, 8, 8)
+    drawn = [torch.as_tensor(image.get_array()) for image in images(plot_layer(kept, attention, block_size=32))]
+    assert torch.equal(drawn[0].bool(), kept.mask[0])
+    assert torch.allclose(drawn[1], attention.mean(0))
+    assert torch.equal(torch.stack(drawn[2:10]), attention)
+
+
+def test_a_layer_without_attention_or_without_a_layout() -> None:
+    assert len(images(plot_layer(layout(9), block_size=32))) == 9
+    assert "dark = kept" not in words(plot_layer(None, torch.rand(2, 8, 8), block_size=32))
+    with pytest.raises(ValueError, match="got neither"):
+        plot_layer(None, block_size=32)
+    with pytest.raises(ValueError, match="8 x 8 blocks, the attention 4 x 4"):
+        plot_layer(layout(2), torch.rand(2, 4, 4), block_size=32)
+
+
+def test_training_draws_what_there_is(tmp_path: Path) -> None:
+    curves = {"train/loss": ([1, 5, 9], [2.0, 1.0, 0.5]), "val/acc": ([5], [0.4]), "lr": ([1], [0.1])}
+    figure = plot_training(curves, tmp_path / "training.png", switch_steps=[5, 5])
+    assert len(figure.axes) == 2
+    assert "the switch to sparse attention at step 5" in words(figure)
+    assert (tmp_path / "training.png").stat().st_size > 0
+    assert "layers switch at step 5" in words(plot_training(curves, switch_steps=[5, 7]))
+    with pytest.raises(ValueError, match="got lr"):
+        plot_training({"lr": ([1], [0.1])})
+
+
+def test_reach_draws_a_panel_a_layer() -> None:
+    maps = {"after layer 0": torch.eye(8) > 0, "after layer 1": torch.ones(8, 8) > 0}
+    figure = plot_reach(maps, block_size=16, shares=[0.125, 1.0])
+    assert [torch.as_tensor(image.get_array()).bool().sum().item() for image in images(figure)] == [8, 64]
+    assert "after layer 0 · 12 %" in words(figure)
+
+
+def test_thresholds_that_are_not_known_are_not_drawn() -> None:
+    figure = plot_statistics([0, 1], [[0.5, 1.0]], [[1.0, 2.0]], theta=None, delta=None)
+    assert "thresholds are not known" in words(figure)
+    assert all(len(axes.get_lines()) == 1 for axes in figure.axes)
+
+
+def test_pixels_are_the_same_colours_as_in_pictures() -> None:
+    mask = torch.tensor([[[True, False], [False, False]]] * 3)
+    pixels = layout_pixels(mask)
+    assert pixels.shape == (160, 3 * 160 + 2 * 4, 3)
+    kept, pruned = ([int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in (KEPT, PRUNED))
+    assert pixels[0, 0].tolist() == kept
+    assert pixels[0, 159].tolist() == pruned
+    attention = attention_pixels(torch.tensor([[[5.0, 0.1]]]))
+    assert attention[0, 0].sum() < attention[0, 159].sum()  # dark = much
+    assert max(layout_pixels(torch.ones(1, 3000, 3000) > 0).shape) <= 256
+
+
+def test_a_figure_shows_itself_in_a_notebook() -> None:
+    for figure in (plot_layouts([layout()]), statistics(1), plot_training({"train/loss": ([1, 2], [2.0, 1.0])})):
+        assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from sat.sparsity.controller import Phase, SparsityController, Transition
 from sat.sparsity.criterion import Criterion, Verdict
 from sat.sparsity.masks import BilinearMask, DirectMask, FisherMask, GramMask, MaskLearner, MaskName, make_mask
 from sat.sparsity.phases import SparsityPhases
+from sat.sparsity.pooled import PooledAttention
 from sat.sparsity.processes import LayoutsDiffer
 from sat.sparsity.selection import select_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass, distance, skewness
@@ -19,6 +20,7 @@ __all__ = [
     "MaskLearner",
     "MaskName",
     "Phase",
+    "PooledAttention",
     "SparsityController",
     "SparsityPhases",
     "Transition",

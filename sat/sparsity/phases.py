@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from sat.layout import BlockLayout
 from sat.sparsity.controller import SparsityController, Transition
 from sat.sparsity.masks import MaskName
+from sat.sparsity.pooled import PooledAttention
 from sat.sparsity.processes import Observed, check_same_layouts, mean_over_processes, merged
 
 if TYPE_CHECKING:  # the type only: importing the operators would load Triton
@@ -157,6 +158,7 @@ class SparsityPhases:
         self.attentions: dict[str, Attention] = {}
         self.transitions: list[Transition] = []
         self.history: list[dict[str, Any]] = []
+        self.pooled: dict[int, PooledAttention] = {}  # of the layers that switched with the latest batch
         self._steps = 0  # optimizer steps; trainer.global_step counts those of every optimizer
         self._rank, self._world_size = 0, 1
         self._passed = 0  # sequences of the whole batch that earlier batches of the accumulation had, in all processes
@@ -271,6 +273,7 @@ class SparsityPhases:
             begins_step: whether it is the first batch of an accumulation.
         """
         assert self.controller is not None
+        self.pooled = {}
         if begins_step:
             self._passed, self._observed = 0, {}
         wanted = 0
@@ -323,6 +326,7 @@ class SparsityPhases:
             logger.info("no observation at step %d: the layers %s took no part in this batch", step, absent)
             return None
         transitions = self.controller.observe(step, statistics)
+        self.pooled = {t.layer: self._pooled(statistics[t.layer].pooled) for t in transitions}
         for transition in transitions:
             attentions[transition.layer].set_layout(transition.layout)
             if transition.forced and self._rank == 0:
@@ -339,6 +343,10 @@ class SparsityPhases:
             for name, value in layer.items()
             if value == value  # nan: not defined yet
         }
+
+    def _pooled(self, pooled: Tensor) -> PooledAttention:
+        assert self.controller is not None
+        return PooledAttention(pooled.cpu(), self.controller.block_size, *self.controller.lengths, self._steps)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the controller, the transitions and the statistics so far."""
