@@ -299,8 +299,7 @@ def _layout_files(folder: Path) -> list[Path]:
 
 def _read_layouts(first: Path, files: Sequence[Path]) -> Findings:
     """Files of layouts beside each other; those that cannot be read are noted."""
-    folder = first if first.is_dir() else first.parent
-    found = Findings(first.name if len(files) == 1 else folder.resolve().name, first)
+    found = Findings(first.resolve().name if first.is_dir() or len(files) == 1 else f"{len(files)} layouts", first)
     for path in files:
         try:
             layers = _read_layout(path)

@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> Path:
     try:
         write_page(out, found.title, sections, _footer(found))
     except OSError as error:
-        _fail(f"{out} cannot be written ({error.strerror or error}); choose another place with --out")
+        reason = f"{out} cannot be written ({error.strerror}); choose another place with --out"
+        _fail(reason if error.strerror else str(error))
     print(f"page: {out}")
     return out
 

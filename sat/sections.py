@@ -89,7 +89,7 @@ def _in_short(found: Findings) -> str:
         least, most = min(shares), max(shares)
         share = f"{least:.1%}" if f"{least:.1%}" == f"{most:.1%}" else f"{least:.1%} to {most:.1%}"
         count = f"{len(kept)}" if len(kept) == len(found.layers) else f"{len(kept)} of {len(found.layers)}"
-        layers = "layer" if len(found.layers) == 1 else "layers"
+        layers = f"{'layer' if found.one_model else 'layout'}{'s' * (len(found.layers) > 1)}"
         keep = "keeps" if len(kept) == 1 else "keep"
         sentence = f"{count} {layers} {keep} {share} of the blocks of the attention matrix."
     if steps:
@@ -192,7 +192,7 @@ def _pictures(layers: list[Layer]) -> list[Picture]:
     for layer in layers:
         layout, attention = layer.layout, layer.attention
         held = None if attention is None or layout is None else _held(layout, layer)
-        title = layer.name[:1].upper() + layer.name[1:]
+        title = layer.name.replace("layer ", "Layer ", 1) if layer.name.startswith("layer ") else layer.name
         figure = plot_layer(
             layout,
             None if attention is None else attention.over_uniform(),

@@ -240,7 +240,9 @@ def _draw_heads(names: list[str], layouts: list[BlockLayout], held: list[float],
                 axes.remove()
                 continue
             grouped |= _matrix(axes, layout.mask[head], layout.block_size, edge, ticks=2)
-            axes.tick_params(labelbottom=row == rows - 1, labelleft=head == 0)
+            # Under a head that the next layer does not have, too.
+            last = row == rows - 1 or head >= layouts[row + 1].num_heads
+            axes.tick_params(labelbottom=last, labelleft=head == 0)
             density = density_text(float(layout.mask[head].float().mean()))
             who = "all heads" if layout.num_heads == 1 else f"head {head}" if row == 0 else ""
             axes.set_title(f"{who} · {density}" if who else density, fontsize=7, color=INK, pad=2.5)
