@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom and are stored without outputs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,14 @@ def test_notebooks_on_digits_run(name, tmp_path, monkeypatch, capsys, project_ro
         }
         assert "learned " in printed
         assert "nan" not in printed
+
+
+@pytest.mark.parametrize("name", ["inspect_layouts", "train_and_compare"])
+def test_what_is_rendered_is_the_notebook(name, project_root):
+    rendered = project_root / "docs" / "notebooks" / f"{name}.md"
+    text = rendered.read_text(encoding="utf-8")
+    for cell in code_of(project_root / "notebooks" / f"{name}.ipynb"):
+        assert f"```python\n{cell}\n```" in text, "run it anew: CONTRIBUTING.md, Numbers"
+    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert sorted(pictures) == sorted(f"{name}_files/{p.name}" for p in rendered.with_name(f"{name}_files").iterdir())
+    assert sum((rendered.parent / picture).stat().st_size for picture in pictures) + len(text) < 300_000

@@ -41,7 +41,8 @@ class PooledAttention:
     step: int
 
     def __post_init__(self) -> None:
-        self.mass()  # checks the shapes
+        # Checks the shapes, and computes nothing: of no head.
+        block_mass(self.pooled[:0], self.block_size, self.query_length, self.key_length)
 
     def mass(self) -> Tensor:
         """Share of a head's attention that lies in each block, float64 ``[H, M, N]``."""
