@@ -226,8 +226,8 @@ class Run:
         if hasattr(self.trainer.strategy, "_timeout"):  # there is no other way to it where Lightning chooses
             self.trainer.strategy._timeout = timedelta(seconds=args.process_timeout)
         console.quiet = self.trainer.global_rank > 0
-        if checkpoint is not None:
-            runs.check_processes(checkpoint, self.trainer, data.batch_size)
+        if self.checkpoint is not None:
+            runs.check_processes(self.checkpoint, self.trainer, data.batch_size)
 
     def _make_sparsity(self, args: Namespace) -> AdaptiveSparsity | None:
         """What switches the model to sparse attention, if it learns layouts at all."""
