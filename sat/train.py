@@ -30,14 +30,15 @@ from rich.console import Console
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from sat import runs
+from sat import checkpoints, runs
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, ColorImageDataModule, SequenceDataModule, TextDataModule
 from sat.files import UNWRITABLE, reason, written_whole
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
-from sat.monitor import BarProgress, ExactResume, LineProgress, Monitor, RunInterrupted, SaveLast, WholeCheckpoints
+from sat.monitor import BarProgress, LineProgress, Monitor
+from sat.saving import ExactResume, RunInterrupted, SaveLast, WholeCheckpoints
 from sat.sparsity import LayoutsDiffer
 
 logger = logging.getLogger(__name__)
@@ -180,16 +181,16 @@ class Run:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
             model.compile(fullgraph=True)
         self.sparsity = self._make_sparsity(args)
-        checkpoint = runs.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
+        checkpoint = checkpoints.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
         self.folder = runs.run_folder(Path(args.output_dir), args.name, checkpoint)
         self.anew = checkpoint is not None and not checkpoint.is_file()
         self.checkpoint = None if self.anew else checkpoint
         self.weights = None
         if self.checkpoint is not None:
-            runs.check_checkpoint(self.checkpoint, self.module, model)
+            checkpoints.check_checkpoint(self.checkpoint, self.module, model)
         elif args.init_from is not None:
-            self.weights = runs.find_weights(args.init_from)
-            runs.load_weights(self.weights, self.module)
+            self.weights = checkpoints.find_weights(args.init_from)
+            checkpoints.load_weights(self.weights, self.module)
         self.last = self.folder / "checkpoints" / "last.ckpt"
         args.ckpt_path = None  # so that the saved config starts the run anew
         self.config = parser.dump(args, skip_unset=False)
@@ -227,7 +228,7 @@ class Run:
             self.trainer.strategy._timeout = timedelta(seconds=args.process_timeout)
         console.quiet = self.trainer.global_rank > 0
         if self.checkpoint is not None:
-            runs.check_processes(self.checkpoint, self.trainer, data.batch_size)
+            checkpoints.check_processes(self.checkpoint, self.trainer, data.batch_size)
 
     def _make_sparsity(self, args: Namespace) -> AdaptiveSparsity | None:
         """What switches the model to sparse attention, if it learns layouts at all."""

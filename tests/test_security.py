@@ -24,7 +24,7 @@ import torch
 import yaml
 from PIL import Image
 
-from sat import runs, train
+from sat import checkpoints, train
 from sat.data import CIFAR10, DATASETS, INaturalist, YelpPolarity
 from sat.layout import BlockLayout
 from sat.models import SequenceClassifier
@@ -157,7 +157,7 @@ class TestPickles:
     def test_as_a_checkpoint(self, pickled: Path) -> None:
         model = SequenceClassifier(20, 16, 3, num_layers=1, width=8, num_heads=1, mlp_dim=8, block_size=8)
         with pytest.raises(ValueError, match=f"{pickled} is not a whole checkpoint") as caught:
-            runs.check_checkpoint(pickled, ClassificationModule(model, 3), model)
+            checkpoints.check_checkpoint(pickled, ClassificationModule(model, 3), model)
         assert "weights_only" not in str(caught.value)  # PyTorch's advice how to run it
 
     def test_as_a_layout(self, pickled: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_unpacks_to_a_thousandfold_is_refused(tmp_path: Path) 
     assert (tmp_path / "small.ckpt").stat().st_size < 2**14
     model = SequenceClassifier(20, 16, 3, num_layers=1, width=8, num_heads=1, mlp_dim=8, block_size=8)
     with pytest.raises(ValueError, match="it is compressed"):
-        runs.check_checkpoint(tmp_path / "small.ckpt", ClassificationModule(model, 3), model)
+        checkpoints.check_checkpoint(tmp_path / "small.ckpt", ClassificationModule(model, 3), model)
 
 
 @pytest.mark.parametrize("value", [2, 255])

@@ -16,7 +16,7 @@ from rich.console import Console
 from sat import runs, train
 from sat.layout import BlockLayout
 from sat.models import SequenceClassifier
-from sat.monitor import SaveLast
+from sat.saving import SaveLast
 
 TINY = """
 data: {name: digits, image_size: 8, batch_size: 16, train_samples: 128, eval_samples: 40}

@@ -13,7 +13,7 @@ import torch.distributed
 
 from sat import ops, train
 from sat.callback import AdaptiveSparsity
-from sat.monitor import SaveLast
+from sat.saving import SaveLast
 from sat.sparsity.processes import Observed, mean_over_processes
 
 

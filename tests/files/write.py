@@ -15,7 +15,7 @@ import torch
 from sat import train
 from sat.files import save_state
 from sat.layout import BlockLayout
-from sat.monitor import SaveLast
+from sat.saving import SaveLast
 from tests.interruption.conftest import COMMAND, write_inputs
 
 FOLDER = Path(__file__).parent

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertModel
 
-from sat import runs, train
+from sat import checkpoints, runs, train
 from sat.data import CIFAR10, YelpPolarity
 from sat.integrations import transformers as integration
 from sat.layout import BlockLayout
@@ -192,7 +192,7 @@ class Checkpoint(Kind):
         return mutations.checkpoint(data, rng)
 
     def read(self, path: Path) -> None:
-        runs.check_checkpoint(path, self.module, self.model)
+        checkpoints.check_checkpoint(path, self.module, self.model)
 
 
 class Resume(Checkpoint):

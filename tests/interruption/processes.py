@@ -55,11 +55,11 @@ def _train(folder: Path, arguments: list[str], faults: tuple[Fault, ...]) -> Non
     os.dup2(output, 2)
     import torch
 
-    from sat import monitor, train
+    from sat import saving, train
 
     assert Path(train.__file__).is_relative_to(ROOT), f"{train.__file__} is not what is to be tested; start from {ROOT}"
     torch.set_num_threads(1)
-    monitor.SaveLast.__init__.__defaults__ = (3,)  # saves every three steps, not every hundred
+    saving.SaveLast.__init__.__defaults__ = (3,)  # saves every three steps, not every hundred
     status = 1
     try:
         for name, *values in faults:
@@ -221,10 +221,10 @@ def second_signal(target: str, number: int, received: int) -> None:
     """The process gets a signal twice, the second one later than what counts as the same."""
 
     def twice() -> None:
-        from sat import monitor
+        from sat import saving
 
         os.kill(os.getpid(), received)
-        monitor.SAME_SIGNAL = -1.0
+        saving.SAME_SIGNAL = -1.0
         os.kill(os.getpid(), received)
 
     _before(target, number, twice)

@@ -32,7 +32,7 @@ def sentence(status: int, output: str) -> str:
 @pytest.mark.parametrize(
     ("place_of_failure", "expected", "saved"),
     [
-        (("sat.monitor:SaveLast.save", 2), "last.ckpt cannot be written (No space left on device)", 3),
+        (("sat.saving:SaveLast.save", 2), "last.ckpt cannot be written (No space left on device)", 3),
         (("lightning.pytorch.callbacks:ModelCheckpoint._save_checkpoint", 1), "best.ckpt cannot be written (No", 6),
         (("lightning.pytorch.loggers:CSVLogger.save", 1), "(No space left on device)", None),
         (("sat.runs:save_layouts", 1), "cannot be written (No space left on device)", 20),
