@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,10 @@ from torch import Tensor
 
 from sat.baselines import fingerprint
 from sat.callback import AdaptiveSparsity
-from sat.files import holds_bools, reason, shortened
+from sat.files import read_state, reason, shortened
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import CHECKPOINT_VERSION
 
-# Tensors of a checkpoint together, in its own size: some share their memory (tied weights).
-LARGEST_CONTENT = 4
-DEEPEST_CONTENT = 40  # ours have 7 levels
 # What the callbacks keep in checkpoints and read long after they are loaded; see _fits.
 STATES: dict[str, Any] = {
     "AdaptiveSparsity": {
@@ -56,10 +52,7 @@ def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | No
     if ckpt_path is None:
         return None
     if ckpt_path != "last":
-        path = Path(ckpt_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint at {path}")
-        return path
+        return _existing(ckpt_path, "--ckpt_path")
     last = [folder / "last.ckpt" for folder in runs_of_this_name.glob("*/checkpoints")]
     if not last:
         raise FileNotFoundError(
@@ -69,27 +62,14 @@ def find_checkpoint(ckpt_path: str | None, runs_of_this_name: Path) -> Path | No
 
 
 def _read_checkpoint(path: Path, option: str) -> dict[str, Any]:
-    """Tensors, numbers and strings of a checkpoint; nothing in it is run, and it takes no more memory than its file.
+    """Tensors, numbers and strings of a checkpoint of ours.
 
     Raises:
-        ValueError: it is cut short, damaged or something else.
+        ValueError: it is cut short, damaged, newer or something else.
     """
     version = None
     try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as file:
-            entries = file.infolist()
-            # As PyTorch writes it: what is compressed could be a thousand times as large.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("it is compressed")
-            if sum(entry.file_size for entry in entries) > size:
-                raise ValueError("it says that it is longer than it is")
-            if (damaged := file.testzip()) is not None:
-                raise ValueError(f"wrong checksum of {damaged}")
-            described = sum(entry.file_size for entry in entries if entry.filename.endswith("data.pkl"))
-        # Mapped, so that a large one costs no memory.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        _check_contents(checkpoint, size, described)
+        checkpoint = read_state(path)
         sections = ("state_dict", "loops", "callbacks")
         if isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(name), dict) for name in sections):
             version = checkpoint.get("sat_version", CHECKPOINT_VERSION)
@@ -98,46 +78,14 @@ def _read_checkpoint(path: Path, option: str) -> dict[str, Any]:
             if version <= CHECKPOINT_VERSION:
                 _check_state(checkpoint)
                 return checkpoint
-    except Exception as error:  # whatever a broken or hostile file makes the readers raise
-        # PyTorch's own words for this say how to run what the file holds.
-        code = type(error).__name__ == "UnpicklingError"
-        why = "it holds more than tensors, numbers and strings, or is damaged" if code else reason(error)
-        raise ValueError(f"{path} is not a whole checkpoint ({why}); give another {option}") from error
+    except Exception as error:  # whatever a changed file lacks
+        raise ValueError(f"{path} is not a whole checkpoint ({reason(error)}); give another {option}") from error
     if version is not None:
         raise ValueError(
             f"{path} is a checkpoint of version {version}, this version of SAT reads up to {CHECKPOINT_VERSION}; "
             f"upgrade SAT to read it"
         )
     raise ValueError(f"{path} holds no training checkpoint; give one that sat.train wrote")
-
-
-def _check_contents(content: Any, size: int, described: int) -> None:
-    """Refuse what stands for more than a file of ``size`` bytes holds, or what PyTorch counts wrongly with.
-
-    Args:
-        content: what was read.
-        size: of the file, in bytes.
-        described: bytes of the part that says what there is; everything but the tensors' content.
-    """
-    total = count = 0
-    left: list[tuple[Any, int]] = [(content, 0)]
-    while left:
-        value, depth = left.pop()
-        count += 1
-        # A container that holds itself, or one that is there many times: each time takes at least a byte to say.
-        if depth > DEEPEST_CONTENT or count > described:
-            raise ValueError("it is nested without end")
-        if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                raise ValueError(f"it holds a tensor of the layout {value.layout} on {value.device}")
-            total += value.numel() * value.element_size()
-            if total > LARGEST_CONTENT * size:  # tensors may share their memory, and stay so only until they are copied
-                raise ValueError("its tensors are larger than the file")
-            if not holds_bools(value):
-                raise ValueError("a tensor of bools holds other bytes than 0 and 1")
-        elif isinstance(value, dict | list | tuple | set):
-            left += [(item, depth + 1) for item in value]
-            left += [(item, depth + 1) for item in value.values()] if isinstance(value, dict) else []
 
 
 def _check_state(checkpoint: dict[str, Any]) -> None:
@@ -155,6 +103,13 @@ def _check_state(checkpoint: dict[str, Any]) -> None:
     learning_rates = [scheduler["last_epoch"] for scheduler in checkpoint["lr_schedulers"]]
     if not all(_fits(each, int) for each in (step, batches)) or any(each != step for each in (steps, *learning_rates)):
         raise ValueError(f"it has done {reprlib.repr(step)} steps, or {reprlib.repr([steps, batches, learning_rates])}")
+    if not all(isinstance(name, str) for name in checkpoint["state_dict"]):
+        raise ValueError("its weights have other names than texts")
+    processes = checkpoint.get("processes")
+    if processes is not None:
+        names = ("count", "batch_size", "accumulate_grad_batches")
+        if not _fits(processes, dict.fromkeys(names, int)) or not all(processes.get(name) for name in names):
+            raise ValueError(f"its processes are {reprlib.repr(processes)}")
     for name, pattern in STATES.items():
         for key, state in checkpoint["callbacks"].items():
             if str(key).startswith(name) and not _fits(state, pattern):
@@ -207,7 +162,7 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
             f"{path} was trained with other fixed blocks than this run has; go on with the model.block_size, the files "
             f"and the seed that it was started with"
         )
-    _check_weights(path, module.state_dict(), checkpoint["state_dict"])
+    _check_weights(path, module.state_dict(), checkpoint["state_dict"], "--ckpt_path")
 
 
 def find_weights(init_from: str) -> Path:
@@ -216,13 +171,17 @@ def find_weights(init_from: str) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    path = Path(init_from)
+    return _existing(init_from, "--init_from")
+
+
+def _existing(given: str, option: str) -> Path:
+    path = Path(given)
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise FileNotFoundError(
-            f"--init_from {init_from}: there is no checkpoint at {path}; give a checkpoint, or the folder of a run "
-            f"that has one"
+            f"{option} {given}: there is no checkpoint at {path}; give a checkpoint, or the folder of a run that has "
+            f"one"
         )
     return path
 
@@ -237,11 +196,11 @@ def load_weights(path: Path, module: LightningModule) -> None:
         {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in ("layout_mask", "sparse")}
         for state in (module.state_dict(), _read_checkpoint(path, "--init_from")["state_dict"])
     )
-    _check_weights(path, ours, theirs)
+    _check_weights(path, ours, theirs, "--init_from")
     module.load_state_dict({**module.state_dict(), **theirs})
 
 
-def _check_weights(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+def _check_weights(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], option: str) -> None:
     odd = sorted(set(ours) ^ set(theirs), key=str)
     if odd:
         where = "this model" if odd[0] in ours else "the checkpoint"
@@ -251,7 +210,7 @@ def _check_weights(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, 
         )
     for name, tensor in ours.items():
         if not isinstance(theirs[name], torch.Tensor) or _kind(tensor) != _kind(theirs[name]):
-            raise ValueError(f"{path} is not a whole checkpoint ({name} is of another kind); give another --ckpt_path")
+            raise ValueError(f"{path} is not a whole checkpoint ({name} is of another kind); give another {option}")
         if tensor.shape != theirs[name].shape:
             raise ValueError(
                 f"{path} is a checkpoint of another model: {name} has the shape {list(theirs[name].shape)} there and "

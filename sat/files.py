@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,10 @@ UNWRITABLE = {
     errno.ENOENT,
     errno.ESTALE,
 }
+
+# Tensors of a saved state together, in its file's size: some share their memory (tied weights).
+LARGEST_CONTENT = 4
+DEEPEST_CONTENT = 40  # ours have 7 levels
 
 
 @contextmanager
@@ -117,6 +122,65 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict
     if damaged := [name for name, tensor in tensors.items() if not holds_bools(tensor)]:
         raise DamagedFile(f"{shortened(damaged[0])} holds other bytes than 0 and 1")
     return metadata, tensors
+
+
+def read_state(path: str | os.PathLike[str]) -> Any:
+    """Tensors, numbers and strings that ``torch.save`` wrote; nothing in it is run, and it takes no more than its file.
+
+    Raises:
+        DamagedFile: it is cut short, damaged or something else.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+            # As PyTorch writes it: what is compressed could be a thousand times as large.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("it is compressed")
+            if sum(entry.file_size for entry in entries) > size:
+                raise ValueError("it says that it is longer than it is")
+            if (damaged := file.testzip()) is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
+            described = sum(entry.file_size for entry in entries if entry.filename.endswith("data.pkl"))
+        # Mapped, so that a large one costs no memory.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _check_contents(content, size, described)
+    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+        # PyTorch's own words for this say how to run what the file holds.
+        code = type(error).__name__ == "UnpicklingError"
+        why = "it holds more than tensors, numbers and strings, or is damaged" if code else reason(error)
+        raise DamagedFile(why) from error
+    return content
+
+
+def _check_contents(content: Any, size: int, described: int) -> None:
+    """Refuse what stands for more than a file of ``size`` bytes holds, or what PyTorch counts wrongly with.
+
+    Args:
+        content: what was read.
+        size: of the file, in bytes.
+        described: bytes of the part that says what there is; everything but the tensors' content.
+    """
+    total = count = 0
+    left: list[tuple[Any, int]] = [(content, 0)]
+    while left:
+        value, depth = left.pop()
+        count += 1
+        # A container that holds itself, or one that is there many times: each time takes at least a byte to say.
+        if depth > DEEPEST_CONTENT or count > described:
+            raise ValueError("it is nested without end")
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError(f"it holds a tensor of the layout {value.layout} on {value.device}")
+            total += value.numel() * value.element_size()
+            if total > LARGEST_CONTENT * size:  # tensors may share their memory, and stay so only until they are copied
+                raise ValueError("its tensors are larger than the file")
+            if not holds_bools(value):
+                raise ValueError("a tensor of bools holds other bytes than 0 and 1")
+        elif isinstance(value, dict | list | tuple | set):
+            left += [(item, depth + 1) for item in value]
+            left += [(item, depth + 1) for item in value.values()] if isinstance(value, dict) else []
 
 
 def holds_bools(tensor: Tensor) -> bool:

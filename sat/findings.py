@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 
+from sat.files import DamagedFile, read_safetensors, read_state, shortened, whole_number
 from sat.layout import BlockLayout
+from sat.module import CHECKPOINT_VERSION
 from sat.sparsity import PooledAttention
 
 # What is in a run's folder; one of them is enough to know it by.
@@ -193,7 +193,11 @@ def _add_files(found: Findings, folder: Path) -> None:
             else:
                 layer.attention = read
     for layer in found.layers:
-        if layer.layout and layer.attention and layer.layout.shape != tuple(layer.attention.pooled.shape[1:]):
+        if layer.layout is None or layer.attention is None:
+            continue
+        heads, *grid = layer.attention.pooled.shape
+        sizes = layer.layout.shape, layer.layout.block_size
+        if sizes != (tuple(grid), layer.attention.block_size) or layer.layout.num_heads not in (1, heads):
             found.notes.append(f"The attention of {layer.name} is left out: its layout is of another size.")
             layer.attention = None
 
@@ -238,13 +242,16 @@ def _add_row(found: Findings, step: int, numbers: Mapping[str, float]) -> None:
 def _add_checkpoint(found: Findings, path: Path) -> bool:
     """What a checkpoint knows and nothing better has told yet. Returns whether it could be read."""
     try:
-        # Mapped, so that only what is looked at is read.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a broken or hostile file makes the reader raise
-        reason = _line(error).split(". ")[0]  # PyTorch goes on with advice for those who wrote it
-        found.notes.append(f"{path} is not a whole checkpoint ({reason}); give another one.")
+        content = _mapping(read_state(path))
+    except DamagedFile as error:
+        found.notes.append(f"{path} is not a whole checkpoint ({_line(error)}); give another one.")
         return False
-    content = _mapping(content)
+    if not isinstance(version := content.get("sat_version", CHECKPOINT_VERSION), int) or version > CHECKPOINT_VERSION:
+        found.notes.append(
+            f"{path} is a checkpoint of version {shortened(str(version))}, this version of SAT reads up to "
+            f"{CHECKPOINT_VERSION}; upgrade SAT to read it."
+        )
+        return False
     callbacks = _mapping(content.get("callbacks"))
     if "state_dict" not in content or not callbacks:
         found.notes.append(f"{path} holds no training checkpoint; give one that sat.train wrote.")
@@ -321,19 +328,20 @@ def _read_layouts(first: Path, files: Sequence[Path]) -> Findings:
 
 def _read_layout(path: Path) -> list[Layer]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") == MODEL_FORMAT:
-                if int(metadata["version"]) > MODEL_FORMAT_VERSION:
-                    raise ValueError(
-                        f"it has format {metadata['version']} of layouts, this version of SAT reads up to "
-                        f"{MODEL_FORMAT_VERSION}; upgrade SAT to read it"
-                    )
-                size, sparse = int(metadata["block_size"]), set(json.loads(metadata["sparse"]))
-                names = sorted(file.keys(), key=_natural)
-                layouts = {name: BlockLayout(file.get_tensor(name), size).shared() for name in names if name in sparse}
-                return [Layer(name, layouts.get(name)) for name in names]
-    except (SafetensorError, KeyError) as error:
+        metadata, masks = read_safetensors(path)
+        if metadata.get("format") == MODEL_FORMAT:
+            if (version := whole_number(metadata, "version")) > MODEL_FORMAT_VERSION:
+                raise ValueError(
+                    f"it has format {version} of layouts, this version of SAT reads up to {MODEL_FORMAT_VERSION}; "
+                    f"upgrade SAT to read it"
+                )
+            size, sparse = whole_number(metadata, "block_size"), json.loads(metadata.get("sparse", ""))
+            if not isinstance(sparse, list):
+                raise DamagedFile("its list of sparse modules is none")
+            names = sorted(masks, key=_natural)
+            layouts = {name: BlockLayout(masks[name], size).shared() for name in names if name in sparse}
+            return [Layer(name, layouts.get(name)) for name in names]
+    except (DamagedFile, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"it is not a whole layout file ({_line(error)})") from error
     number = re.fullmatch(r"layer(\d+)", path.stem)
     return [Layer(f"layer {number[1]}" if number else path.stem, BlockLayout.load(path))]

@@ -335,6 +335,7 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """Test the final and the best model, write and print the summary; all processes test, rank 0 writes."""
+        self.monitor.trained = True  # what fails from here on is not a matter of settings
         summary = runs.summarize(self.name, self.trainer, self.module, self.model, self.monitor, self.sparsity)
         writes = self.trainer.global_rank == 0
         if writes:
@@ -512,13 +513,16 @@ def _sentence(error: BaseException, run: Run) -> tuple[str, int]:
     if isinstance(error, FloatingPointError | LayoutsDiffer):
         return f"{error}{_kept(run)}", 1
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        if error.filename is not None and not Path(error.filename).is_relative_to(run.folder):
+            return f"{error.filename}: {error.strerror}{_kept(run)}", 1
         why = f"nothing can be written to {run.folder} ({error.strerror})" if error.strerror else str(error)
         return f"{why}{_kept(run)}", 1
     if isinstance(error, ValueError | MisconfigurationException) and not run.monitor.trained:  # a matter of settings
         return " ".join(str(error).split()), 2
     if run.trainer.world_size > 1 and _lost_a_process(error):
         return f"{_who_died(run.trainer)}, and the run stops{_go_on(run)}", 1
-    if isinstance(error, Exception) and run.checkpoint is not None and not run.monitor.trained:
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if isinstance(error, Exception) and not memory and run.checkpoint is not None and not run.monitor.trained:
         # A file of ours brings none of these about, one that somebody has changed does, wherever it is taken up.
         what = f"{type(error).__name__}: {reason(error)}"
         return f"{run.checkpoint} cannot be gone on from ({what}); give another --ckpt_path, or none to start anew", 2

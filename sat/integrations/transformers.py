@@ -302,7 +302,7 @@ def _attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     if state is not None and state.block_gate is not None:
-        query, key, value = (x[: state.observe_samples] for x in (query, key, value))
+        query, key, value = as_autocast_does(*(x[: state.observe_samples] for x in (query, key, value)))
         key, value = _repeated(key, query), _repeated(value, query)
         context = state.watch(context.transpose(1, 2), query, key, value, padding, scaling).transpose(1, 2)
     return context, None

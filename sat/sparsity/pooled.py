@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sat.files import written_whole
+from sat.files import DamagedFile, read_safetensors, save_tensors, whole_number
 from sat.sparsity.statistics import block_mass
 
 FORMAT = "sat.PooledAttention"
@@ -56,8 +54,7 @@ class PooledAttention:
         """Write a safetensors file; an existing one is replaced whole or not at all."""
         metadata = {name: str(getattr(self, name)) for name in _NUMBERS}
         metadata |= {"format": FORMAT, "version": str(FORMAT_VERSION)}
-        with written_whole(path) as temporary:
-            save_file({"pooled": self.pooled.detach().float().cpu().contiguous()}, temporary, metadata=metadata)
+        save_tensors({"pooled": self.pooled.detach().float().cpu().contiguous()}, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PooledAttention:
@@ -71,20 +68,22 @@ class PooledAttention:
         if not path.is_file():
             raise FileNotFoundError(f"no pooled attention at {path}")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError("it is a safetensors file, but holds no pooled attention")
-                if int(metadata["version"]) > FORMAT_VERSION:
-                    raise ValueError(
-                        f"it has format {int(metadata['version'])}, this version of SAT reads up to {FORMAT_VERSION}; "
-                        f"upgrade SAT to read it"
-                    )
-                pooled, numbers = file.get_tensor("pooled"), {name: int(metadata[name]) for name in _NUMBERS}
-            if pooled.dtype != torch.float32 or not pooled.isfinite().all() or bool((pooled < 0).any()):
-                raise ValueError("its attention is not float32, finite and at least 0")
-            if min(numbers.values()) < 0 or not numbers["block_size"]:
-                raise ValueError(f"its sizes are {numbers}")
-            return cls(pooled, **numbers)
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            metadata, tensors = read_safetensors(path)
+            if metadata.get("format") != FORMAT:
+                raise DamagedFile("it is a safetensors file, but holds no pooled attention")
+            if (version := whole_number(metadata, "version")) > FORMAT_VERSION:
+                raise DamagedFile(
+                    f"it has format {version}, this version of SAT reads up to {FORMAT_VERSION}; upgrade SAT to read it"
+                )
+            numbers = {name: whole_number(metadata, name) for name in _NUMBERS}
+            pooled = tensors.get("pooled")
+            if (
+                pooled is None
+                or pooled.dtype != torch.float32
+                or not pooled.isfinite().all()
+                or bool((pooled < 0).any())
+            ):
+                raise DamagedFile("its attention is not float32, finite and at least 0")
+            return cls(pooled.clone(), **numbers)
+        except ValueError as error:
             raise ValueError(f"{path} cannot be read as pooled attention: {error}") from error
