@@ -605,6 +605,22 @@ def test_the_sensitivity_is_that_of_the_models_own_backward_pass(name: str, padd
         assert expected.count_nonzero() > 0
 
 
+def test_the_sensitivity_under_autocast() -> None:
+    # Rotary embeddings turn queries and keys into float32, beside values in bfloat16.
+    model, batch = make("llama"), batch_of("llama")
+    states = prepare(model, block_size=BLOCK)
+    for state in states.values():
+        state.observe_samples = 2
+        state.block_gate = torch.zeros(state.layout_mask.shape, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        features(model, batch).square().sum().backward()
+    for state in states.values():
+        assert state.block_gate is not None
+        assert state.block_gate.grad is not None
+        assert state.block_gate.grad.isfinite().all()
+        assert state.block_gate.grad.count_nonzero() > 0
+
+
 def test_causality_is_what_the_model_asks_for() -> None:
     # CLIP's text model is causal by its call, its modules say that they are not.
     config = CLIPTextConfig(**TEXT, projection_dim=8, bos_token_id=1, eos_token_id=2)
