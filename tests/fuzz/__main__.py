@@ -90,7 +90,8 @@ def wrong_with(error: BaseException) -> str:
     text = str(error)
     if not isinstance(error, ValueError | OSError):
         return type(error).__name__
-    if not frames or not Path(frames[-1].filename).is_relative_to(ROOT / "sat"):
+    ours = frames and Path(frames[-1].filename).is_relative_to(ROOT / "sat")
+    if not ours or not (frames[-1].line or "").startswith("raise "):  # what int() says of a text is no sentence of ours
         return f"{type(error).__name__} that is not ours"
     if not text.strip() or "\n" in text or len(text) > 3000:
         return f"{type(error).__name__} of {len(text)} characters"
