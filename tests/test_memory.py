@@ -53,7 +53,7 @@ data = [{"input_ids": torch.randint(0, 20, (4, 32)), "labels": torch.randint(0, 
 sparsity = AdaptiveSparsity(density=0.5, theta=1e9 if phase == "dense" else None, delta=1e9)
 watch = Watch()
 module = ClassificationModule(model, 3)
-callbacks = [sparsity, Monitor(sparsity, Console(quiet=True)), watch]
+callbacks = [sparsity, Monitor(None, Console(quiet=True)), watch]
 trainer(12_000, callbacks).fit(module, DataLoader(data, batch_size=None))
 assert bool(sparsity.transitions) == (phase == "sparse")
 print(json.dumps(watch.seen))
