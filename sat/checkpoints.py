@@ -112,8 +112,16 @@ def _check_state(checkpoint: dict[str, Any]) -> None:
             raise ValueError(f"its processes are {reprlib.repr(processes)}")
     for name, pattern in STATES.items():
         for key, state in checkpoint["callbacks"].items():
-            if str(key).startswith(name) and not _fits(state, pattern):
+            if not str(key).startswith(name):
+                continue
+            if not _fits(state, pattern):
                 raise ValueError(f"the state of {name} in it is none")
+            if state.get("history"):  # of which a picture is drawn, layer by layer
+                count, drawn = len(state["controller"]["layers"]), {"skewness", "relative_change"}
+                found = [record["layers"] for record in state["history"] if "step" in record]
+                whole = all(len(layers) == count and all(drawn <= layer.keys() for layer in layers) for layers in found)
+                if not whole or len(found) < len(state["history"]):
+                    raise ValueError(f"the history of {name} in it is not whole")
 
 
 def _fits(value: Any, pattern: Any) -> bool:
