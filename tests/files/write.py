@@ -36,6 +36,9 @@ def pretrained() -> Any:
     """A model of Hugging Face with one layer of two heads, for 24 tokens."""
     from transformers import BertConfig, BertModel
 
+    from sat.integrations.transformers import register
+
+    register()
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     config = BertConfig(vocab_size=8, max_position_embeddings=24, **sizes)
     return BertModel._from_config(config, attn_implementation="sat")
