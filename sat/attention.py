@@ -140,18 +140,19 @@ class AdaptiveAttention(nn.Module):
                 f"this attention was made for {self.num_heads} heads and up to {self.seq_len} tokens, got {heads} "
                 f"heads, {query_length} queries and {key_length} keys"
             )
+        if attn_bias is not None and self.block_gate is not None:
+            raise ValueError("an attention with attn_bias cannot be watched: the sensitivity would not know of it")
         # Both phases and the statistics see one dtype.
         query, key, value = as_autocast_does(query, key, value)
-        if self.observe_samples:
+        if self.observe_samples and not (self._is_sparse and self.block_gate is not None):
             self.observe(query, key, key_padding_mask, query_padding_mask, scale)
         dropout = dropout_p if dropout_p is not None else self.dropout if self.training else 0.0
         if self._is_sparse:
-            layout = self._layout_for(*(-(-length // self.block_size) for length in (query_length, key_length)))
-            return ops.block_sparse_attention(
+            context = ops.block_sparse_attention(
                 query,
                 key,
                 value,
-                layout,
+                self._layout_for(query_length, key_length),
                 key_padding_mask=key_padding_mask,
                 query_padding_mask=query_padding_mask,
                 attn_bias=attn_bias,
@@ -161,6 +162,7 @@ class AdaptiveAttention(nn.Module):
                 pruned=self.pruned,
                 backend=self.backend,
             )
+            return self.watch(context, query, key, value, key_padding_mask, scale)
         if key_padding_mask is None:
             context = F.scaled_dot_product_attention(
                 query, key, value, dropout_p=dropout, is_causal=self.is_causal, scale=scale
@@ -174,11 +176,12 @@ class AdaptiveAttention(nn.Module):
         context = context.masked_fill(~mask.any(-1, keepdim=True), 0)
         return self.watch(context, query, key, value, key_padding_mask, scale)
 
-    def _layout_for(self, rows: int, columns: int) -> BlockLayout:
+    def _layout_for(self, query_length: int, key_length: int) -> BlockLayout:
         """The part of the layout that a batch needs.
 
         The same object again while nobody wrote to the buffer: what the operators have derived from it stays good.
         """
+        rows, columns = (-(-length // self.block_size) for length in (query_length, key_length))
         mask = self.layout_mask[:, :rows, :columns]
         if torch.compiler.is_compiling() or mask.is_inference():
             return BlockLayout(mask, self.block_size)
@@ -242,6 +245,8 @@ class AdaptiveAttention(nn.Module):
         if self.block_gate is None or not self.observe_samples or not torch.is_grad_enabled():
             return context
         first = slice(self.observe_samples)
+        self.observed_samples = len(query[first])
+        layout = self._layout_for(query.shape[2], key.shape[2]) if self._is_sparse else None
         return ops.watch_blocks(
             context,
             self.block_gate,
@@ -249,6 +254,7 @@ class AdaptiveAttention(nn.Module):
             key[first],
             value[first],
             self.block_size,
+            layout=layout,
             key_padding_mask=None if key_padding_mask is None else key_padding_mask[first],
             is_causal=self.is_causal,
             scale=scale,

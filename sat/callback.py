@@ -58,7 +58,7 @@ class AdaptiveSparsity(SparsityPhases, Callback):
         values = self.after_batch(ends_optimizer_step(trainer, batch_idx))
         if values is not None:
             for each in trainer.loggers:
-                each.log_metrics(values, step=self.history[-1]["step"] - 1)  # as Lightning numbers this step's metrics
+                each.log_metrics(values, step=self._steps - 1)  # as Lightning numbers this step's metrics
 
 
 def ends_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:

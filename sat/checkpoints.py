@@ -32,6 +32,7 @@ STATES: dict[str, Any] = {
                 }
             ]
         },
+        "revisions": [{"layer": int, "step": int, "swapped": float, "density": float}],
         "transitions": [
             {"layout": torch.Tensor, "layer": int, "step": int, "empty_rows": int, "forced": bool, "missing": str}
             | dict.fromkeys(("density", "captured_mass", "best_mass", "skewness", "relative_change"), float)

@@ -28,6 +28,8 @@ MODEL_LAYOUTS = "sat_layouts.safetensors"
 MODEL_FORMAT, MODEL_FORMAT_VERSION = "sat.transformers", 1
 # Numbers of a transition that are shown.
 TRANSITION = ("step", "captured_mass", "best_mass", "empty_rows", "skewness", "relative_change")
+# Of these, what is no longer so once blocks have been swapped.
+OF_THE_CHOICE = ("captured_mass", "best_mass", "empty_rows")
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Layer:
         transition: numbers of its switch by name, see :class:`sat.sparsity.Transition`; those that are not known or not
             finite are left out.
         forced: why it was switched though its criterion was not met; empty if it was.
+        revised: steps after which blocks were swapped.
         unread: whether it has a layout that could not be read.
     """
 
@@ -49,6 +52,7 @@ class Layer:
     attention: PooledAttention | None = None
     transition: dict[str, float] = field(default_factory=dict)
     forced: str = ""
+    revised: list[int] = field(default_factory=list)
     unread: bool = False
 
     @property
@@ -133,6 +137,7 @@ def _read_run(folder: Path) -> Findings:
             found.notes.append(f"summary.json cannot be read ({_line(error)}).")
     for each in _mappings(found.summary.get("transitions")):
         _add_transition(found, each)
+    _add_revisions(found, found.summary)
     _add_files(found, folder)
     _add_csv(found, folder / "csv")
     checkpoint = folder / "checkpoints" / "last.ckpt"
@@ -172,6 +177,16 @@ def _add_transition(found: Findings, given: Mapping[str, Any]) -> None:
     layer = found.layer(index)
     layer.transition = {name: number for name in TRANSITION if (number := _number(given.get(name))) is not None}
     layer.forced = str(given.get("missing", "")) if given.get("forced") else ""
+
+
+def _add_revisions(found: Findings, given: Mapping[str, Any]) -> None:
+    for each in _mappings(given.get("revisions")):
+        index, step = each.get("layer"), each.get("step")
+        if isinstance(index, int) and 0 <= index < len(found.layers) and isinstance(step, int):
+            layer = found.layers[index]
+            layer.revised.append(step)
+            # These are of the blocks that were chosen at the switch.
+            layer.transition = {name: value for name, value in layer.transition.items() if name not in OF_THE_CHOICE}
 
 
 def _add_files(found: Findings, folder: Path) -> None:
@@ -274,13 +289,17 @@ def _add_checkpoint(found: Findings, path: Path) -> bool:
         found.layer(count - 1)
     for each in _mappings(sparsity.get("transitions")):
         _add_transition(found, each)
+    for index, each in enumerate(_mappings(_mapping(sparsity.get("controller")).get("layers"))):
+        if "layout" not in each:
+            continue
         try:
             layout = BlockLayout(each["layout"], structure["block_size"]).shared()
-            layer = found.layer(each["layer"])
+            layer = found.layer(index)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             found.notes.append(f"A layout in {path.name} is left out: {_line(error)}.")
             continue
         layer.layout, layer.unread = layer.layout or layout, False
+    _add_revisions(found, sparsity)
     if not found.history:
         for record in _mappings(sparsity.get("history")):
             for index, values in enumerate(_mappings(record.get("layers"))):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sat.callback import AdaptiveSparsity, ends_optimizer_step
 from sat.plots import attention_pixels, layout_pixels
+from sat.sparsity import Revision
 
 # Step times that are kept of each phase; a median needs no more.
 KEPT_STEP_TIMES = 2000
@@ -73,6 +74,7 @@ class Monitor(Callback):
         """Start the clock."""
         self._last = None
         self._seen = len(self.sparsity.transitions) if self.sparsity else 0
+        self._revised = len(self.sparsity.revisions) if self.sparsity else 0
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -110,6 +112,10 @@ class Monitor(Callback):
             before, after = self.validation_accuracy["before"], self.validation_accuracy["after"]
             self.console.print(f"accuracy on validation data: {before:.3f} before the switch, {after:.3f} right after")
             self._last = None
+        revisions = self.sparsity.revisions[self._revised :] if self.sparsity else []
+        if revisions:
+            self._revised += len(revisions)
+            self._show_revisions(trainer, revisions)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the memory of the last phase."""
@@ -133,15 +139,29 @@ class Monitor(Callback):
             return
         folder = Path(trainer.default_root_dir) / "attention"
         folder.mkdir(parents=True, exist_ok=True)
-        boards = [each.experiment for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
         layouts = {t.layer: t.layout for t in self.sparsity.transitions}
         for layer, attention in self.sparsity.pooled.items():
             attention.save(folder / f"layer{layer}.safetensors")
-            for board in boards:
-                over_uniform = attention.over_uniform()
-                images = {"layouts": layout_pixels(layouts[layer].mask), "attention": attention_pixels(over_uniform)}
+            pixels = attention_pixels(attention.over_uniform())
+            self._add_images(
+                trainer, layer, attention.step, layouts=layout_pixels(layouts[layer].mask), attention=pixels
+            )
+
+    def _show_revisions(self, trainer: Trainer, revisions: list[Revision]) -> None:
+        """A line in the terminal, images of the new layouts in TensorBoard."""
+        shares = ", ".join(f"{r.swapped:.1%} of layer {r.layer}" for r in revisions)
+        self.console.print(f"layouts revised at step {revisions[0].step}: {shares} swapped")
+        assert self.sparsity is not None
+        if trainer.is_global_zero:
+            attentions = list(self.sparsity.attentions.values())
+            for r in revisions:
+                self._add_images(trainer, r.layer, r.step, layouts=layout_pixels(attentions[r.layer].layout_mask.cpu()))
+
+    def _add_images(self, trainer: Trainer, layer: int, step: int, **images: Any) -> None:
+        for each in trainer.loggers:
+            if isinstance(each, TensorBoardLogger):
                 for name, pixels in images.items():
-                    board.add_image(f"{name}/layer{layer}", pixels, attention.step, dataformats="HWC")
+                    each.experiment.add_image(f"{name}/layer{layer}", pixels, step, dataformats="HWC")
 
     def _measure_switch(self, trainer: Trainer, pl_module: LightningModule, layers: list[int]) -> None:
         assert self.sparsity is not None

@@ -195,7 +195,8 @@ def save_layouts(folder: Path, layouts: Mapping[int, BlockLayout], sparsity: Ada
         (folder / "layouts").mkdir(exist_ok=True)
         for index, layout in layouts.items():
             layout.save(folder / "layouts" / f"layer{index}.safetensors")
-        held = {t.layer: t.captured_mass for t in sparsity.transitions} if sparsity else {}
+        # Of what was chosen at the switch; what revisions have made of it has not been measured.
+        held = {t.layer: t.captured_mass for t in sparsity.transitions} if sparsity and not sparsity.revisions else {}
         plot_layouts(
             {f"layer {index}": layout for index, layout in layouts.items()},
             folder / "layouts.png",
@@ -259,6 +260,8 @@ def summarize(
         summary["transitions"] = [
             {key: value for key, value in t._asdict().items() if key != "layout"} for t in sparsity.transitions
         ]
+        if sparsity.revisions:
+            summary["revisions"] = [r._asdict() for r in sparsity.revisions]
         if not sparsity.all_sparse:
             summary["not_switched"] = {
                 str(layer): sparsity.controller.missing[layer] for layer in sparsity.controller.dense_layers

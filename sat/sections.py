@@ -97,6 +97,10 @@ def _in_short(found: Findings) -> str:
         forced = [layer.name for layer in found.layers if layer.forced]
         how = f", forced by max_dense_steps in {', '.join(forced)}" if forced else ", by the criterion"
         sentence += f" Training switched to sparse attention at {when}{how}."
+    revised = sorted({step for layer in found.layers for step in layer.revised})
+    if revised:
+        often = "once" if len(revised) == 1 else f"{len(revised)} times"
+        sentence += f" Blocks were swapped {often} after that, last at step {revised[-1]:,}."
     return sentence.strip()
 
 

@@ -127,6 +127,40 @@ def test_the_gate_receives_what_the_loss_depends_on(length, padded, compiled):
     assert copy.deepcopy(attention).block_gate is None
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [40, 20])
+def test_the_gate_of_a_sparse_layer_knows_of_missing_blocks(length, padded, compiled):
+    attention = AdaptiveAttention(2, 40, 16)
+    layout = oracle.random_layout(2, 3, 3, 16)
+    attention.set_layout(layout)
+    inputs = qkv(length)
+    mask = keep()[:, :length] if padded else None
+    plain = torch.autograd.grad(attention(*inputs, key_padding_mask=mask).square().sum(), inputs)
+    grad = 2 * attention(*inputs, key_padding_mask=mask).detach()
+    attention.observe_samples = 2
+    attention.block_gate = gate = torch.zeros(2, 3, 3, requires_grad=True)
+    run = torch.compile(attention, fullgraph=True, backend="aot_eager") if compiled else attention
+    run(*inputs, key_padding_mask=mask).square().sum().backward()
+    torch.testing.assert_close(tuple(x.grad for x in inputs), plain)
+    blocks = -(-length // 16)
+    part = BlockLayout(layout.mask[:, :blocks, :blocks], 16)
+    first = [x[:2] for x in (*inputs, grad)]
+    expected = ops.block_sensitivity(*first, 16, layout=part, key_padding_mask=None if mask is None else mask[:2])
+    torch.testing.assert_close(gate.grad[:, :blocks, :blocks], expected)
+    assert expected[~part.mask].count_nonzero() > 0
+    assert attention.statistics is None
+    assert attention.observed_samples == 2
+
+
+def test_a_bias_cannot_be_watched():
+    attention = AdaptiveAttention(2, 40, 16)
+    attention.set_layout(oracle.random_layout(2, 3, 3, 16))
+    attention.observe_samples, attention.block_gate = 2, torch.zeros(2, 3, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="an attention with attn_bias cannot be watched"):
+        attention(*qkv(40), attn_bias=torch.zeros(40, 40))
+
+
 @pytest.mark.parametrize("observe", [0, 2])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_compiles_into_one_graph_in_both_phases(sparse, observe):

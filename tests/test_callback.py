@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
+from sat.layout import BlockLayout
 
 LENGTH, WIDTH, HEADS = 32, 16, 2
 
@@ -57,7 +58,8 @@ def fit(tmp_path, sparsity, module=None, **options):
     module = module or SomebodysModel()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     options = {"max_steps": 20, **quiet, **options}
-    trainer = pl.Trainer(default_root_dir=tmp_path, enable_model_summary=False, callbacks=[sparsity], **options)
+    options = {"callbacks": [sparsity], **options}
+    trainer = pl.Trainer(default_root_dir=tmp_path, enable_model_summary=False, **options)
     trainer.fit(module, data())
     return module
 
@@ -146,10 +148,69 @@ def test_fisher_learns_from_the_trainings_own_gradients(tmp_path, accumulate):
     assert [name for name, _ in watched.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
-@pytest.mark.parametrize("mask", ["direct", "fisher"])
+class Copying(pl.LightningModule):
+    """Each token is to give the content of the token half a sequence away, which positions point at from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = AdaptiveAttention(1, LENGTH, 4)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        nn.init.eye_(self.out.weight)
+        self.losses: list[float] = []
+        self.kept: list[torch.Tensor] = []
+
+    def training_step(self, batch, batch_idx):
+        x, _ = batch
+        key = (10 * torch.eye(LENGTH)).expand(len(x), 1, -1, -1)
+        value = F.pad(x, (0, LENGTH - WIDTH))[:, None]
+        context = self.attention(key.roll(LENGTH // 2, 2), key, value)[:, 0, :, :WIDTH]
+        loss = F.mse_loss(self.out(context), x.roll(LENGTH // 2, 1))
+        self.losses.append(loss.item())
+        self.kept.append(self.attention.layout_mask[0].clone())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_revisions_find_the_blocks_that_the_task_needs(tmp_path, accumulate):
+    sparsity = always(
+        mask="fisher", density=2 / 8, keep_diagonal=False, revise_interval=4, revise_share=0.5, samples=8, interval=1
+    )
+    module = Copying()
+    needed = torch.eye(8, dtype=torch.bool).roll(4, 1)
+    wrong = torch.eye(8, dtype=torch.bool) | torch.eye(8, dtype=torch.bool).roll(2, 1)
+
+    class Misled(pl.Callback):
+        """The layout at the switch has none of the right blocks."""
+
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 3 and sparsity.all_sparse and not sparsity.revisions:
+                layout = BlockLayout(wrong[None], 4)
+                module.attention.set_layout(layout)
+                sparsity.controller._layers[0].layout = layout
+
+    options = {"callbacks": [sparsity, Misled()], "max_steps": 12, "accumulate_grad_batches": accumulate}
+    fit(tmp_path, None, module, **options)
+    assert sparsity.revisions[0].step == 7
+    assert sparsity.revisions[0].swapped == 0.5
+    assert not (module.kept[3 * accumulate] & needed).any()
+    assert (module.kept[-1] & needed).sum() == 8
+    assert module.kept[-1].sum() == 16
+    assert module.losses[6 * accumulate] > 0.5
+    assert module.losses[-1] < 0.1
+
+
+@pytest.mark.parametrize("mask", ["direct", "fisher", "revised"])
 @pytest.mark.parametrize("stop", [3, 6, 11])
 def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop, mask):
     torch.manual_seed(2)
+    options = (
+        {"mask": mask}
+        if mask != "revised"
+        else {"mask": "fisher", "revise_interval": 2, "keep_diagonal": False, "density": 0.6}
+    )
     start = SomebodysModel().state_dict()
 
     def module():
@@ -157,7 +218,7 @@ def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop, mask):
         made.load_state_dict(start)
         return made
 
-    whole, whole_sparsity = module(), always(mask=mask)
+    whole, whole_sparsity = module(), always(**options)
     fit(tmp_path, whole_sparsity, whole, max_steps=16)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
 
@@ -167,7 +228,7 @@ def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop, mask):
         )
 
     # A loader without a position of its own is good for one epoch: 16 batches, of which the first ``stop`` are used up.
-    first = trainer(always(mask=mask), stop)
+    first = trainer(always(**options), stop)
     first.fit(module(), data())
     first.save_checkpoint(tmp_path / "a.ckpt")
 
@@ -184,10 +245,12 @@ def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop, mask):
         def load_state_dict(self, state):
             pass
 
-    resumed, resumed_sparsity = module(), always(mask=mask)
+    resumed, resumed_sparsity = module(), always(**options)
     trainer(resumed_sparsity, 16).fit(resumed, Rest(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert [t.step for t in resumed_sparsity.transitions] == [t.step for t in whole_sparsity.transitions] == [6, 6]
     assert resumed_sparsity.layouts == whole_sparsity.layouts
+    assert resumed_sparsity.revisions == whole_sparsity.revisions
+    assert bool(whole_sparsity.revisions) == (mask == "revised")
     assert str(resumed_sparsity.history) == str(whole_sparsity.history)  # as text, since nan differs from itself
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 

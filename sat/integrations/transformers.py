@@ -403,6 +403,8 @@ def _sparse_attention(
         )
     if (position_bias := kwargs.get("position_bias")) is not None:
         bias = position_bias if bias is None else position_bias + bias
+    elif state.block_gate is not None:  # which knows of padding, but of no bias
+        padding, bias = _as_padding(padding, bias, query)
     context = state(
         query,
         _repeated(key, query),
@@ -426,9 +428,7 @@ def _observe(
     kwargs: dict[str, Any],
 ) -> Tensor | None:
     """Leave statistics in the state; gives the padding mask that they were made with."""
-    if bias is not None and bias.shape[1] == bias.shape[2] == 1:
-        # Extended by the model itself: 0 for tokens, the smallest number for padding.
-        padding, bias = (bias[:, 0, 0] > -torch.inf).expand(query.shape[0], -1), None
+    padding, bias = _as_padding(padding, bias, query)
     if bias is not None or kwargs.get("position_bias") is not None:
         what = "a mask of queries by keys" if bias is not None else "a position bias"
         raise ValueError(
@@ -440,6 +440,13 @@ def _observe(
     observed = None if padding is None else padding[first]
     state.observe(query, _repeated(key, query), observed, observed, scaling)
     return padding
+
+
+def _as_padding(padding: Tensor | None, bias: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Padding that the model itself has extended, 0 for tokens and the smallest number elsewhere, as a padding mask."""
+    if bias is None or bias.shape[1] > 1 or bias.shape[2] > 1:
+        return padding, bias
+    return (bias[:, 0, 0] > -torch.inf).expand(query.shape[0], -1), None
 
 
 def _repeated(x: Tensor, query: Tensor) -> Tensor:

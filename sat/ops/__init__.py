@@ -483,16 +483,19 @@ def block_sensitivity(
     grad: Tensor,
     block_size: int,
     *,
+    layout: BlockLayout | None = None,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """How much a loss depends on each block: the empirical Fisher information of a bias added to the block's scores.
+    """How much a loss depends on each block: what would change if it alone were left out, or taken in.
 
-    Per sample, the derivative of its loss by that bias is the sum over the block of ``P (dP - sum_row P dP)``, with the
-    weights ``P`` and ``dP = grad value^T``; squared, and averaged over the samples. A block that is looked at but does
-    not matter has a small one, other than its attention mass. It is that of the weights without dropout. Computed in
-    PyTorch on any device, and nothing of size ``[B, H, L, S]`` is held. Not differentiable.
+    For every query and block, the attention's output with the block minus that without it (all other blocks as they
+    are), times the gradient: to first order in the output, but exactly in the weights, which all change with the norm.
+    Summed over the block's queries, that is what a sample's loss would change by; squared, and averaged over the
+    samples. A block that is looked at but does not matter has a small one, other than its attention mass. It is that
+    of weights without dropout and without ``pruned="zero"``. Computed in PyTorch on any device, and nothing of size
+    ``[B, H, L, S]`` is held. Not differentiable.
 
     Args:
         query: ``[B, H, L, D]``.
@@ -501,6 +504,7 @@ def block_sensitivity(
         grad: ``[B, H, L, D]``, gradient of the loss by the attention's output. A common factor (the mean over a batch,
             a loss scale) is squared in the result.
         block_size: edge of a block, in tokens.
+        layout: the blocks that are kept, in which case the missing ones are measured too; None: all of them.
         key_padding_mask: bool ``[B, S]``, True = a real token.
         is_causal: query i sees keys 0 to i only.
         scale: factor of the scores, ``D ** -0.5`` by default.
@@ -508,8 +512,8 @@ def block_sensitivity(
     Returns:
         float32 ``[H, M, N]``.
 
-    Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, applied to blocks of
-    attention scores in place of feature maps.
+    Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, equation 7, applied to
+    blocks of attention in place of feature maps, and with the change of the softmax's norm.
     """
     checks.check_query_key(query, key, value)
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
@@ -519,11 +523,12 @@ def block_sensitivity(
             f"grad is the gradient of the attention's output, {[*query.shape[:3], value.shape[3]]}, got "
             f"{checks.shape_text(grad)}"
         )
+    mask = _observed_mask(query, key, layout, block_size)
     checks.check_padding("key_padding_mask", key_padding_mask, query.shape[0], key.shape[2], query.device)
     checks.check_scale(scale)
     tensors = (x.detach() for x in (query, key, value, grad))
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    return sensitivity.block_sensitivity(*tensors, block_size, key_padding_mask, is_causal, scale)
+    return sensitivity.block_sensitivity(*tensors, block_size, mask, key_padding_mask, is_causal, scale)
 
 
 def watch_blocks(
@@ -534,11 +539,12 @@ def watch_blocks(
     value: Tensor,
     block_size: int,
     *,
+    layout: BlockLayout | None = None,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Dense attention's output again; its backward pass leaves :func:`block_sensitivity` as the gradient of a gate.
+    """The attention's output again; its backward pass leaves :func:`block_sensitivity` as the gradient of a gate.
 
     Args:
         context: ``[B, H, L, D]``, the attention's output.
@@ -548,6 +554,7 @@ def watch_blocks(
         key: ``[n, H, S, D]``.
         value: ``[n, H, S, D]``.
         block_size: edge of a block, in tokens; this and what follows as in :func:`block_sensitivity`.
+        layout: the blocks that the attention keeps; None: all of them.
         key_padding_mask: bool ``[n, S]``.
         is_causal: query i sees keys 0 to i only.
         scale: factor of the scores, ``D ** -0.5`` by default.
@@ -556,11 +563,23 @@ def watch_blocks(
         A copy of ``context``, with its gradient.
     """
     checks.check_query_key(query, key, value)
+    mask = _observed_mask(query, key, layout, block_size)
     checks.check_padding("key_padding_mask", key_padding_mask, query.shape[0], key.shape[2], query.device)
     checks.check_scale(scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     observed = (x.detach() for x in (query, key, value))
-    return sensitivity.watch_blocks(context, gate, *observed, block_size, key_padding_mask, is_causal, scale)
+    return sensitivity.watch_blocks(context, gate, *observed, block_size, mask, key_padding_mask, is_causal, scale)
+
+
+def _observed_mask(query: Tensor, key: Tensor, layout: BlockLayout | None, block_size: int) -> Tensor | None:
+    """The layout's mask ``[H, M, N]``, of all heads."""
+    if layout is None:
+        return None
+    checks.check_layout(layout, query, "query")
+    checks.check_lengths(layout, query.shape[2], key.shape[2])
+    if layout.block_size != block_size:
+        raise ValueError(f"the layout has blocks of {layout.block_size}, but block_size is {block_size}")
+    return layout.mask.expand(query.shape[1], -1, -1)
 
 
 def _total_blocks(layout: BlockLayout, x: Tensor) -> int:

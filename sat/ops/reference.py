@@ -190,26 +190,30 @@ def block_sensitivity(
     grad: Tensor,
     block_size: int,
     *,
+    layout: BlockLayout | None = None,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float,
 ) -> Tensor:
-    """By autograd, one bias a block and sample, see :func:`sat.ops.block_sensitivity`."""
-    batch, heads, query_length, _ = query.shape
-    key_length = key.shape[2]
-    rows, columns = -(-query_length // block_size), -(-key_length // block_size)
-    with torch.enable_grad():
-        gate = torch.zeros(batch, heads, rows, columns, dtype=query.dtype, device=query.device, requires_grad=True)
-        bias = gate.repeat_interleave(block_size, 2).repeat_interleave(block_size, 3)[..., :query_length, :key_length]
-        weights = attention_weights(
-            query,
-            key,
-            None,
-            key_padding_mask=key_padding_mask,
-            attn_bias=bias,
-            is_causal=is_causal,
-            scale=scale,
-        )
-        context = weights @ value.to(weights.dtype)
-        (found,) = torch.autograd.grad(context, gate, grad.to(context.dtype))
-    return found.square().mean(0)
+    """One block after the other is left out or taken in, see :func:`sat.ops.block_sensitivity`."""
+    heads, length = query.shape[1:3]
+    rows, columns = -(-length // block_size), -(-key.shape[2] // block_size)
+    if layout is None:
+        layout = BlockLayout(torch.ones(heads, rows, columns, dtype=torch.bool, device=query.device), block_size)
+    mask = layout.mask.expand(heads, -1, -1)
+    options = {"key_padding_mask": key_padding_mask, "is_causal": is_causal, "scale": scale}
+
+    def loss(kept: Tensor, row: slice) -> Tensor:
+        """To first order in the output, ``[B, H]``: the output's part of a block row by its gradient."""
+        weights = attention_weights(query, key, BlockLayout(kept, block_size), **options)[:, :, row]
+        return ((weights @ value.to(weights.dtype)) * grad[:, :, row].to(weights.dtype)).sum((2, 3))
+
+    found = torch.zeros(heads, rows, columns, dtype=torch.promote_types(query.dtype, torch.float32))
+    for i in range(rows):
+        row = slice(i * block_size, min((i + 1) * block_size, length))
+        before = loss(mask, row)
+        for j in range(columns):
+            other = mask.clone()
+            other[:, i, j] = ~other[:, i, j]
+            found[:, i, j] = (loss(other, row) - before).square().mean(0)
+    return found

@@ -16,6 +16,10 @@ from sat.ops.autocast import without_autocast
 
 # Elements of a temporary that are computed at a time.
 CHUNK_ELEMENTS = 2**22
+# A block that holds all of a row but this share counts as all of it: otherwise rounding would decide.
+LEAST_REST = 1e-5
+# Of a missing key's weight, which then outweighs the kept ones by far, but not what float32 can hold.
+LARGEST_EXPONENT = 30.0
 
 
 @torch.library.custom_op("sat::block_sensitivity", mutates_args=())
@@ -26,11 +30,12 @@ def block_sensitivity(
     value: Tensor,
     grad: Tensor,
     block_size: int,
+    layout_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """See :func:`sat.ops.block_sensitivity`; some query rows at a time."""
+    """See :func:`sat.ops.block_sensitivity`; some query rows at a time. The mask is ``[H, M, N]``."""
     batch, heads, query_length, _ = query.shape
     key_length = key.shape[2]
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -38,6 +43,11 @@ def block_sensitivity(
     columns = -(-key_length // block_size)
     tail = columns * block_size - key_length
     parts = []
+
+    def by_blocks(x: Tensor) -> Tensor:
+        """``[..., S]`` to sums ``[..., N]``."""
+        return F.pad(x, (0, tail)).unflatten(-1, (columns, -1)).sum(-1)
+
     # Whole block rows at a time, so that each is summed at once.
     step = max(1, CHUNK_ELEMENTS // (batch * heads * key_length * block_size)) * block_size
     for start in range(0, query_length, step):
@@ -49,16 +59,37 @@ def block_sensitivity(
             positions = torch.arange(rows.start, rows.stop, device=query.device)
             future = torch.arange(key_length, device=query.device) > positions[:, None]
             scores.masked_fill_(future, -math.inf)
-        weights = torch.softmax(scores, 3)
-        if key_padding_mask is not None:  # rows without a single key: 0, not 0 / 0
-            weights.masked_fill_((scores == -math.inf).all(3, keepdim=True), 0)
-        d_weights = grad[:, :, rows].to(compute) @ values
-        d_weights -= (weights * d_weights).sum(3, keepdim=True)
-        d_scores = weights.mul_(d_weights)
-        blocks = F.pad(d_scores, (0, tail, 0, -d_scores.shape[2] % block_size))
-        sums = blocks.unflatten(3, (columns, -1)).unflatten(2, (-1, block_size)).sum((3, 5))
-        parts.append(sums.square().mean(0).float())
+        kept = kept_keys = None
+        if layout_mask is not None:
+            kept = layout_mask[:, start // block_size : -(-rows.stop // block_size)]
+            kept = kept.repeat_interleave(block_size, 1)[:, : scores.shape[2]]
+            kept_keys = kept.repeat_interleave(block_size, 2)[..., :key_length]
+        weights = _weights(scores, kept_keys)
+        gains = weights * (grad[:, :, rows].to(compute) @ values)
+        # The gradient times the attention's output, and how that differs from the output without or with a block.
+        output = (gains if kept_keys is None else gains * kept_keys).sum(3, keepdim=True)
+        shares = by_blocks(weights)
+        effects = by_blocks(gains) - shares * output
+        rest = 1 - shares if kept is None else torch.where(kept, 1 - shares, 1 + shares)
+        alone = rest < LEAST_REST
+        effects = torch.where(alone, output, effects / rest.masked_fill(alone, 1))
+        effects = F.pad(effects, (0, 0, 0, -effects.shape[2] % block_size))
+        parts.append(effects.unflatten(2, (-1, block_size)).sum(3).square().mean(0).float())
     return torch.cat(parts, 1)
+
+
+def _weights(scores: Tensor, kept: Tensor | None) -> Tensor:
+    """``exp(scores)`` over its sum over the kept keys; 0 where there is no key at all.
+
+    The weights of missing keys may exceed 1. Where none is kept they are large: one block more is then all of the row.
+    """
+    norm = scores.logsumexp(3, keepdim=True)
+    if kept is not None:
+        of_kept = scores.masked_fill(~kept, -math.inf).logsumexp(3, keepdim=True)
+        norm = torch.where(of_kept == -math.inf, norm - LARGEST_EXPONENT, of_kept)
+    nothing = norm == -math.inf
+    weights = scores.sub_(norm.masked_fill(nothing, 0)).clamp_(max=LARGEST_EXPONENT).exp_()
+    return weights.masked_fill_(nothing, 0)
 
 
 @block_sensitivity.register_fake
@@ -75,6 +106,7 @@ def watch_blocks(
     key: Tensor,
     value: Tensor,
     block_size: int,
+    layout_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     is_causal: bool,
     scale: float,
@@ -89,17 +121,17 @@ def _(context: Tensor, *args: object) -> Tensor:
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    _, gate, query, key, value, ctx.size, padding, ctx.causal, ctx.scale = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(query, key, value, padding)
+    _, gate, query, key, value, ctx.size, layout, padding, ctx.causal, ctx.scale = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(query, key, value, layout, padding)
     ctx.grid = gate.shape  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, padding = ctx.saved_tensors  # type: ignore[attr-defined]
-    options = ctx.size, padding, ctx.causal, ctx.scale  # type: ignore[attr-defined]
+    query, key, value, layout, padding = ctx.saved_tensors  # type: ignore[attr-defined]
+    options = ctx.size, layout, padding, ctx.causal, ctx.scale  # type: ignore[attr-defined]
     found = block_sensitivity(query, key, value, grad[: len(query)], *options)
     rows, columns = ctx.grid[1:]  # type: ignore[attr-defined]
-    return grad, F.pad(found, (0, columns - found.shape[2], 0, rows - found.shape[1])), *[None] * 7
+    return grad, F.pad(found, (0, columns - found.shape[2], 0, rows - found.shape[1])), *[None] * 8
 
 
 watch_blocks.register_autograd(_backward, setup_context=_setup_context)

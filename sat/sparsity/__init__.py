@@ -1,12 +1,12 @@
 """Floor 2: how sparsity is learned. Knows nothing of trainers and models, and of attention modules only a protocol."""
 
-from sat.sparsity.controller import Phase, SparsityController, Transition
+from sat.sparsity.controller import Phase, Revision, SparsityController, Transition
 from sat.sparsity.criterion import Criterion, Verdict
 from sat.sparsity.masks import BilinearMask, DirectMask, FisherMask, GramMask, MaskLearner, MaskName, make_mask
 from sat.sparsity.phases import SparsityPhases
 from sat.sparsity.pooled import PooledAttention
 from sat.sparsity.processes import LayoutsDiffer
-from sat.sparsity.selection import select_blocks
+from sat.sparsity.selection import revise_blocks, select_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass, distance, skewness
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "MaskName",
     "Phase",
     "PooledAttention",
+    "Revision",
     "SparsityController",
     "SparsityPhases",
     "Transition",
@@ -30,6 +31,7 @@ __all__ = [
     "captured_mass",
     "distance",
     "make_mask",
+    "revise_blocks",
     "select_blocks",
     "skewness",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from sat.layout import BlockLayout
 from sat.sparsity.criterion import Criterion, Verdict
 from sat.sparsity.masks import FisherMask, MaskLearner, MaskName, make_mask
-from sat.sparsity.selection import check_selection, select_blocks
+from sat.sparsity.selection import check_selection, revise_blocks, select_blocks
 from sat.sparsity.spion import spion_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # the type only: importing the operators would load Triton
     from sat.ops.types import AttentionStatistics
 
 Phase = Literal["dense", "sparse"]
+
+# What revise_blocks shares with select_blocks.
+_REVISED_BY = ("keep_diagonal", "min_blocks_per_row", "keep_first", "causal", "share_budget")
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +62,28 @@ class Transition(NamedTuple):
     relative_change: float
 
 
+class Revision(NamedTuple):
+    """One sparse layer's layout changes.
+
+    Attributes:
+        layer: its index; what it keeps from now on is in the controller's ``layouts``.
+        step: optimizer steps done.
+        swapped: share of its blocks that it did not keep before, 0 to 1.
+        density: kept blocks over all blocks, 0 to 1; with ``share_budget`` layers gain or lose some.
+    """
+
+    layer: int
+    step: int
+    swapped: float
+    density: float
+
+
 class _Layer:
     """One layer's part of the state: dense as long as it has no layout."""
 
     def __init__(self, history: LayerHistory, learner: MaskLearner | FisherMask | None) -> None:
         self.history = history
-        self.learner = learner  # None under "spion", which learns nothing, and in the sparse phase
+        self.learner = learner  # None under "spion", which learns nothing, and in a sparse phase without revisions
         self.verdict = Verdict(False, 0, "no observation yet")
         self.layout: BlockLayout | None = None
         self.transition_step: int | None = None
@@ -113,6 +132,10 @@ class SparsityController:
             as columns; 0 in the paper.
         causal: only blocks of the lower triangle.
         share_budget: count the budget over all layers and heads together instead of for each layout.
+        revise_interval: in the sparse phase, swap blocks at the first observation that is so many steps after the
+            switch or the revision before; see :func:`revise_blocks`. None: layouts stay as they are. Needs
+            ``mask="fisher"``.
+        revise_share: at most this share of the kept blocks is swapped at a time.
         seed: of the masks' initial values; the global generator is not touched.
 
     Raises:
@@ -151,6 +174,8 @@ class SparsityController:
         keep_first_tokens: int = 0,
         causal: bool = False,
         share_budget: bool = False,
+        revise_interval: int | None = None,
+        revise_share: float = 0.3,
         seed: int = 0,
     ) -> None:
         self.num_layers, self.num_heads, self.block_size = num_layers, num_heads, block_size
@@ -160,6 +185,8 @@ class SparsityController:
         self.min_dense_steps, self.max_dense_steps = min_dense_steps, max_dense_steps
         self.mask_rank, self.mask_lr, self.mask_steps = mask_rank, mask_lr, mask_steps
         self.quantile, self.keep_first_tokens, self.share_budget = quantile, keep_first_tokens, share_budget
+        self.revise_interval, self.revise_share = revise_interval, revise_share
+        self._revised_at: int | None = None
         self._check_settings()
         if mask == "spion":
             self._check_spion(density, coverage, per_head)
@@ -220,6 +247,17 @@ class SparsityController:
                 "together; set per_layer to False"
             )
 
+        if self.revise_interval is not None:
+            if self.revise_interval < 1:
+                raise ValueError(f"revise_interval must be at least 1 step, got {self.revise_interval}; None: never")
+            if not 0 < self.revise_share <= 1:
+                raise ValueError(f"revise_share must be above 0 and at most 1, got {self.revise_share}")
+            if self.mask != "fisher":
+                raise ValueError(
+                    f"revise_interval needs mask='fisher', which can tell what a missing block would be worth; got "
+                    f"mask={self.mask!r}"
+                )
+
     def _check_spion(self, density: float | None, coverage: float | None, per_head: bool) -> None:
         if self.quantile is None or not 0 <= self.quantile < 1:
             raise ValueError(f"mask='spion' needs a quantile, at least 0 and below 1, got {self.quantile}; try 0.96")
@@ -257,6 +295,11 @@ class SparsityController:
     def dense_layers(self) -> list[int]:
         """The layers whose statistics the next observation needs."""
         return [index for index, layer in enumerate(self._layers) if layer.layout is None]
+
+    @property
+    def revises(self) -> bool:
+        """Whether it is time for :meth:`revise`, which needs the sensitivities of all layers."""
+        return self.revise_interval is not None and self.all_sparse
 
     @property
     def layouts(self) -> list[BlockLayout | None]:
@@ -341,6 +384,58 @@ class SparsityController:
             self._leave_dense(step, index, pooled[index], kept[index], forced=index not in ready) for index in leaving
         ]
 
+    def revise(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> list[Revision]:
+        """Take in what the loss depends on in the sparse phase, and if it is time, swap blocks.
+
+        Args:
+            step: optimizer steps already done.
+            sensitivities: layer index -> ``[H, M, N]``, of kept and missing blocks, see
+                :func:`sat.ops.block_sensitivity`; of all layers.
+
+        Returns:
+            The layers whose layouts change now; usually none.
+
+        Raises:
+            ValueError: a layer is missing, or a shape does not fit.
+        """
+        if sorted(sensitivities) != [*range(self.num_layers)]:
+            raise ValueError(
+                f"a revision needs the sensitivities of all {self.num_layers} layers, got those of "
+                f"{sorted(sensitivities)} at step {step}"
+            )
+        self._fit_fisher(step, sensitivities)
+        assert self.revise_interval is not None
+        latest = self._revised_at
+        if latest is None:
+            latest = max(at for at in self.transition_steps if at is not None)
+        if step - latest < self.revise_interval:
+            return []
+        self._revised_at = step
+        before, scores = [], []
+        for layer in self._layers:
+            assert layer.layout is not None
+            assert isinstance(layer.learner, FisherMask)
+            if not layer.learner.weight:
+                return []  # no gradient was observed, as the log says
+            before.append(layer.layout.mask)
+            scores.append(layer.learner.scores())
+        settings = {name: self._selection[name] for name in _REVISED_BY}
+        if self.share_budget:
+            after = revise_blocks(torch.cat(before), torch.cat(scores), share=self.revise_share, **settings).split(
+                len(before[0])
+            )
+        else:
+            pairs = zip(before, scores, strict=True)
+            after = [revise_blocks(kept, score, share=self.revise_share, **settings) for kept, score in pairs]
+        revisions = []
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            if torch.equal(old, new):
+                continue
+            self._layers[index].layout = layout = BlockLayout(new.clone(), self.block_size)
+            swapped = int((new & ~old).sum()) / max(layout.nnz, 1)
+            revisions.append(Revision(index, step, swapped, layout.density))
+        return revisions
+
     def _fit_fisher(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> None:
         """Let the Fisher masks take in what a backward pass has left, as shares of the sum over the layers."""
         found = {}
@@ -416,7 +511,8 @@ class SparsityController:
         layer = self._layers[index]
         layer.layout = layout = BlockLayout(kept, self.block_size)
         layer.transition_step = step
-        layer.learner = None
+        if self.revise_interval is None:
+            layer.learner = None
         layer.history.drop_matrix()
         return Transition(
             layer=index,
@@ -462,7 +558,7 @@ class SparsityController:
                 state["layout"] = layer.layout.mask.clone()
                 state["transition_step"] = layer.transition_step
             layers.append(state)
-        return {"structure": self._structure(), "layers": layers}
+        return {"structure": self._structure(), "layers": layers, "revised_at": self._revised_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; from here on the decisions are those of the saved controller.
@@ -479,14 +575,18 @@ class SparsityController:
                     f"the saved sparsity state has {name} = {saved}, this controller {here}; load it with the "
                     f"settings it was saved with"
                 )
+        self._revised_at = state.get("revised_at")
         for layer, saved in zip(self._layers, state["layers"], strict=True):
             layer.history.load_state_dict(saved["history"])
             layer.verdict = Verdict(**saved["verdict"])
             layer.learner, layer.layout, layer.transition_step = None, None, saved.get("transition_step")
             if "layout" in saved:
                 layer.layout = BlockLayout(saved["layout"].to("cpu", copy=True), self.block_size)
-            elif (learner := self._learner(torch.Generator("cpu"))) is not None:
-                learner.load_state_dict(saved["learner"])
+            if layer.layout is not None and self.revise_interval is None:
+                continue
+            if (learner := self._learner(torch.Generator("cpu"))) is not None:
+                if layer.layout is None or "learner" in saved:  # or else revisions are wanted only from now on
+                    learner.load_state_dict(saved["learner"])
                 layer.learner = learner
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sat.layout import BlockLayout
-from sat.sparsity.controller import SparsityController, Transition
+from sat.sparsity.controller import Revision, SparsityController, Transition
 from sat.sparsity.masks import MaskName
 from sat.sparsity.pooled import PooledAttention
 from sat.sparsity.processes import Observed, check_same_layouts, mean_over_processes, merged
@@ -85,6 +85,9 @@ class SparsityPhases:
         samples: sequences that an observation looks at: the first of the whole batch of an optimizer step, which is
             made of the batches of all processes, in the order of their ranks, once for each batch of an accumulation.
         lr_factor: factor of the learning rate once every layer is sparse (the paper halves it).
+        revise_interval: optimizer steps between revisions of the layouts in the sparse phase, in which the weakest kept
+            blocks make place for missing ones that the loss depends on more; null: layouts stay. Needs mask fisher.
+        revise_share: of the kept blocks, at most this share is swapped at a time, above 0 to 1.
         seed: of the masks' initial values.
 
     Raises:
@@ -115,6 +118,8 @@ class SparsityPhases:
         interval: int = 10,
         samples: int = 8,
         lr_factor: float = 0.5,
+        revise_interval: int | None = None,
+        revise_share: float = 0.3,
         seed: int = 0,
     ) -> None:
         if interval < 1:
@@ -149,6 +154,8 @@ class SparsityPhases:
             keep_diagonal=keep_diagonal,
             min_blocks_per_row=min_blocks_per_row,
             keep_first_tokens=keep_first_tokens,
+            revise_interval=revise_interval,
+            revise_share=revise_share,
             seed=seed,
         )
         # Refuses bad values now, not in the middle of a set-up. The grid is as small as the settings allow.
@@ -157,6 +164,7 @@ class SparsityPhases:
         self.controller: SparsityController | None = None
         self.attentions: dict[str, Attention] = {}
         self.transitions: list[Transition] = []
+        self.revisions: list[Revision] = []
         self.history: list[dict[str, Any]] = []
         self.pooled: dict[int, PooledAttention] = {}  # of the layers that switched with the latest batch
         self._steps = 0  # optimizer steps; trainer.global_step counts those of every optimizer
@@ -191,7 +199,8 @@ class SparsityPhases:
         self._rank, self._world_size = rank, world_size
         if self.controller is not None and [*map(id, attentions.values())] == [*map(id, self.attentions.values())]:
             return
-        self.attentions, self.transitions, self.history, self._steps = dict(attentions), [], [], 0
+        self.attentions, self._steps = dict(attentions), 0
+        self.transitions, self.revisions, self.history = [], [], []
         if not self.attentions:
             raise ValueError(
                 f"{type(self).__name__} found no sat.attention.AdaptiveAttention in {model}; build the model with it, "
@@ -266,7 +275,7 @@ class SparsityPhases:
     # What happens.
 
     def before_batch(self, sequences: int, begins_step: bool = True) -> None:
-        """Ask the dense layers for statistics, if this batch is part of an ``interval``-th optimizer step.
+        """Ask for statistics, if this batch is part of an ``interval``-th optimizer step: the dense layers, or all.
 
         Args:
             sequences: in this batch; 1 will do where a single process takes a step with each batch.
@@ -281,7 +290,7 @@ class SparsityPhases:
             wanted = max(0, self.samples - self._passed - self._rank * sequences)
         self._passed += self._world_size * sequences
         for index, attention in enumerate(self.attentions.values()):
-            watched = wanted > 0 and self.controller.phase(index) == "dense"
+            watched = wanted > 0 and (self.controller.phase(index) == "dense" or self.controller.revises)
             attention.observe_samples = wanted if watched else 0
             attention.statistics = attention.block_gate = None
             if watched and self.controller.mask == "fisher":
@@ -295,8 +304,8 @@ class SparsityPhases:
             ends_step: whether an optimizer step ended with this batch.
 
         Returns:
-            What was observed, by names for a logger; None where nothing was. New ``transitions`` are at the end of the
-            list of that name.
+            What was observed, by names for a logger; None where nothing was. New ``transitions`` and ``revisions`` are
+            at the end of the lists of these names.
 
         Raises:
             LayoutsDiffer: the processes have come to different ones.
@@ -305,26 +314,26 @@ class SparsityPhases:
         attentions = list(self.attentions.values())
         for index, attention in enumerate(attentions):
             attention.observe_samples = 0
-            if attention.statistics is not None:
-                gradient = None if attention.block_gate is None else attention.block_gate.grad
-                part = Observed(attention.observed_samples, attention.statistics._replace(sensitivity=gradient))
+            if values := _left_by(attention):
+                part = Observed(attention.observed_samples, values)
                 self._observed[index] = merged(self._observed.get(index), part)
-                attention.statistics = attention.block_gate = None
+            attention.statistics = attention.block_gate = None
         self._steps += ends_step
         # All processes know alike whether this is an observation, though not all may have looked at something.
-        if not ends_step or self._steps % self.interval or self.all_sparse:
+        if not ends_step or self._steps % self.interval or (self.all_sparse and not self.controller.revises):
             return None
+        observed, self._observed = self._observed, {}
+        layers = self.controller.dense_layers or [*range(len(attentions))]
         if self._world_size > 1:
-            device = attentions[0].layout_mask.device
-            statistics = mean_over_processes(self._observed, self.controller.dense_layers, device)
-        else:
-            statistics = {index: part.statistics for index, part in self._observed.items()}
-        self._observed = {}
+            observed = mean_over_processes(observed, layers, attentions[0].layout_mask.device)
         step = self._steps
-        absent = sorted(set(self.controller.dense_layers) - set(statistics))
+        absent = sorted(set(layers) - set(observed))
         if absent:  # layers that are skipped at random, say
             logger.info("no observation at step %d: the layers %s took no part in this batch", step, absent)
             return None
+        if self.all_sparse:
+            return self._revise(step, {index: part.values.get("sensitivity") for index, part in observed.items()})
+        statistics = {index: part.statistics for index, part in observed.items()}
         transitions = self.controller.observe(step, statistics)
         self.pooled = {t.layer: self._pooled(statistics[t.layer].pooled) for t in transitions}
         for transition in transitions:
@@ -344,6 +353,16 @@ class SparsityPhases:
             if value == value  # nan: not defined yet
         }
 
+    def _revise(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> dict[str, float] | None:
+        assert self.controller is not None
+        revisions = self.controller.revise(step, sensitivities)
+        attentions = list(self.attentions.values())
+        for revision in revisions:
+            attentions[revision.layer].set_layout(self.controller.layouts[revision.layer])
+        self._check_processes()
+        self.revisions += revisions
+        return {f"layer{revision.layer}/swapped": revision.swapped for revision in revisions} or None
+
     def _pooled(self, pooled: Tensor) -> PooledAttention:
         assert self.controller is not None
         return PooledAttention(pooled.cpu(), self.controller.block_size, *self.controller.lengths, self._steps)
@@ -356,6 +375,7 @@ class SparsityPhases:
             "version": STATE_VERSION,
             "controller": self.controller.state_dict(),
             "transitions": [{**t._asdict(), "layout": t.layout.mask} for t in self.transitions],
+            "revisions": [r._asdict() for r in self.revisions],
             "history": self.history,
             "steps": self._steps,
         }
@@ -379,5 +399,15 @@ class SparsityPhases:
             Transition(**{**saved, "layout": BlockLayout(saved["layout"].cpu(), size)})
             for saved in state_dict["transitions"]
         ]
+        self.revisions = [Revision(**saved) for saved in state_dict.get("revisions", [])]
         self.history = list(state_dict["history"])
         self._steps = state_dict["steps"]
+
+
+def _left_by(attention: Attention) -> dict[str, Tensor]:
+    """What a batch has left in a module; of a sparse one the sensitivity alone, and of an evaluation not that."""
+    statistics = attention.statistics
+    values = {} if statistics is None else {k: v for k, v in statistics._asdict().items() if v is not None}
+    if attention.block_gate is not None and attention.block_gate.grad is not None:
+        values["sensitivity"] = attention.block_gate.grad
+    return values

@@ -25,40 +25,52 @@ class LayoutsDiffer(RuntimeError):
 
 
 class Observed(NamedTuple):
-    """Statistics, and of how many samples they are the mean."""
+    """What was seen of one layer by names (see AttentionStatistics), and of how many samples it is the mean."""
 
     samples: int
-    statistics: AttentionStatistics
+    values: dict[str, Tensor]
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """What is a mean over samples, as opposed to the skewness, which is one of the mean matrix."""
+        return {name: value for name, value in self.values.items() if name != "skewness"}
+
+    @property
+    def statistics(self) -> AttentionStatistics:
+        """All of it, from a dense layer."""
+        from sat.ops.types import AttentionStatistics
+
+        missing = {} if "skewness" in self.values else {"skewness": skewness(self.values["score_matrix"]).float()}
+        return AttentionStatistics(**self.values, **missing)
 
 
 def merged(first: Observed | None, second: Observed) -> Observed:
-    """The statistics of both; each sample counts as much as any other."""
+    """The means of both; each sample counts as much as any other."""
     if first is None:
         return second
     samples = first.samples + second.samples
-    theirs = _means(second.statistics)
     means = {
-        name: x.lerp(theirs[name], second.samples / samples)
-        for name, x in _means(first.statistics).items()
-        if name in theirs  # a batch without a backward pass leaves no sensitivity
+        name: x.lerp(second.values[name], second.samples / samples)
+        for name, x in first.means.items()
+        if name in second.values  # a batch without a backward pass leaves no sensitivity
     }
-    return Observed(samples, _rebuilt(means))
+    return Observed(samples, means)
 
 
 def mean_over_processes(
     observed: Mapping[int, Observed], layers: Iterable[int], device: torch.device
-) -> dict[int, AttentionStatistics]:
-    """The statistics of all samples that any process has observed, the same in all processes.
+) -> dict[int, Observed]:
+    """The means over all samples that any process has observed, the same in all processes.
 
     Args:
         observed: by layer, what this process has; it may have nothing.
-        layers: the layers that are still dense, the same in all processes.
-        device: where the statistics are.
+        layers: the layers that are observed, the same in all processes.
+        device: where the values are.
 
     Returns:
         By layer, without the layers that no process has observed.
     """
-    shapes = {index: {name: x.shape for name, x in _means(o.statistics).items()} for index, o in observed.items()}
+    shapes = {index: {name: x.shape for name, x in o.means.items()} for index, o in observed.items()}
     every = _gathered({index: (observed[index].samples, shapes[index]) for index in observed})
     result = {}
     for index in layers:
@@ -66,7 +78,7 @@ def mean_over_processes(
         if not parts:
             continue
         total = sum(samples for samples, _ in parts)
-        mine = _means(observed[index].statistics) if index in observed else {}
+        mine = observed[index].means if index in observed else {}
         means = {}
         for name, shape in parts[0][1].items():
             if any(name not in each for _, each in parts):
@@ -76,7 +88,7 @@ def mean_over_processes(
             share = mine[name] * (observed[index].samples / total) if mine else torch.zeros(shape, device=device)
             torch.distributed.all_reduce(share)
             means[name] = share
-        result[index] = _rebuilt(means)
+        result[index] = Observed(total, means)
     return result
 
 
@@ -114,15 +126,3 @@ def _gathered(mine: dict[Any, Any]) -> list[dict[Any, Any]]:
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, mine)
     return every
-
-
-def _means(statistics: AttentionStatistics) -> dict[str, Tensor]:
-    """What is a mean over samples, as opposed to the skewness, which is one of the mean matrix."""
-    fields = statistics._asdict().items()
-    return {name: value for name, value in fields if value is not None and name != "skewness"}
-
-
-def _rebuilt(means: dict[str, Tensor]) -> AttentionStatistics:
-    from sat.ops.types import AttentionStatistics
-
-    return AttentionStatistics(skewness=skewness(means["score_matrix"]).float(), **means)

@@ -86,6 +86,71 @@ def select_blocks(
     return torch.zeros_like(chosen).scatter_(1, order, chosen).view(num_layouts, rows, columns)
 
 
+def revise_blocks(
+    kept: Tensor,
+    scores: Tensor,
+    *,
+    share: float,
+    keep_diagonal: bool = True,
+    min_blocks_per_row: int = 1,
+    keep_first: int = 0,
+    causal: bool = False,
+    share_budget: bool = False,
+) -> Tensor:
+    """Swap the weakest kept blocks for the strongest missing ones; as many blocks stay kept as were.
+
+    The weakest is compared with the strongest, the next with the next, and a pair is swapped if the missing block has
+    the larger score. Blocks that :func:`select_blocks` would keep in any case are not given up: the diagonal, the first
+    rows and columns, and in each row the best ``min_blocks_per_row`` of its kept ones.
+
+    Args:
+        kept: bool ``[G, M, N]``, the layouts in use.
+        scores: ``[G, M, N]``, larger = more important, of kept and missing blocks alike.
+        share: of the kept blocks, at most so many are swapped, 0 to 1.
+        keep_diagonal: as in :func:`select_blocks`, and what follows.
+        min_blocks_per_row: least number of blocks in a row, as far as it has them.
+        keep_first: block rows and block columns at the start.
+        causal: only blocks of the lower triangle are taken in.
+        share_budget: swap between layouts, too.
+
+    Returns:
+        bool ``[G, M, N]``, on the device of the scores.
+
+    Raises:
+        ValueError: shapes differ, the share is out of range, or scores contain NaN.
+
+    Source: Evci et al., "Rigging the Lottery", 2020 (RigL), with blocks of attention in place of weights.
+    """
+    if kept.shape != scores.shape or scores.dim() != 3:
+        raise ValueError(
+            f"layouts and scores are [layouts, rows, columns], got the shapes {list(kept.shape)} and "
+            f"{list(scores.shape)}"
+        )
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share of the blocks to swap must be 0 to 1, got {share}")
+    if scores.isnan().any():
+        raise ValueError("the scores of the blocks contain NaN, so there is no largest one; look for NaN in the model")
+    num_layouts, rows, columns = scores.shape
+    kept = kept.to(scores.device)
+    allowed = torch.ones(rows, columns, dtype=torch.bool, device=scores.device)
+    if causal:
+        allowed = allowed.tril()
+    required = _required(scores, kept, keep_diagonal, min_blocks_per_row, keep_first, causal)
+
+    budgets = 1 if share_budget else num_layouts
+    may_go = scores.masked_fill(~kept | required, torch.inf).view(budgets, -1)
+    may_come = scores.masked_fill(kept | ~allowed, -torch.inf).view(budgets, -1)
+    weakest, strongest = may_go.sort(stable=True), may_come.sort(descending=True, stable=True)
+    limit = (kept.view(budgets, -1).sum(1, keepdim=True) * share).int()
+    # Infinite scores stand for what cannot be swapped, and never make a pair.
+    better = (strongest.values > weakest.values) & (torch.arange(may_go.shape[1], device=scores.device) < limit)
+    revised = kept.reshape(budgets, -1)
+    for order, value in ((weakest.indices, False), (strongest.indices, True)):
+        there = torch.zeros_like(revised).scatter_(1, order, better)
+        revised = revised.masked_fill(there, value)
+    return revised.view(num_layouts, rows, columns)
+
+
 def check_selection(
     density: float | None,
     coverage: float | None,
@@ -121,23 +186,24 @@ def check_selection(
 
 
 def _required(
-    scores: Tensor, allowed: Tensor, keep_diagonal: bool, min_blocks_per_row: int, keep_first: int, causal: bool
+    scores: Tensor, candidates: Tensor, keep_diagonal: bool, min_blocks_per_row: int, keep_first: int, causal: bool
 ) -> Tensor:
-    """Blocks ``[G, M, N]`` that are kept whatever the budget."""
-    rows, columns = allowed.shape
+    """Blocks ``[G, M, N]`` that are kept whatever the budget, of the candidates ``[G, M, N]`` (or ``[M, N]``)."""
+    rows, columns = scores.shape[1:]
     required = torch.zeros_like(scores, dtype=torch.bool)
     if keep_diagonal:
         row = torch.arange(rows, device=scores.device)
         required[:, row, row.clamp(max=columns - 1) if causal else row * columns // rows] = True
     required[:, :keep_first] = True
     required[:, :, :keep_first] = True
+    required &= candidates
     if min_blocks_per_row > 0:
         # The same order of choice as for the whole layout, within each row.
-        tier = torch.where(required, 0, torch.where(allowed, 1, 2))
+        tier = torch.where(required, 0, torch.where(candidates, 1, 2))
         by_score = scores.argsort(dim=2, descending=True, stable=True)
         order = by_score.gather(2, tier.gather(2, by_score).argsort(dim=2, stable=True))
         required = required.scatter(2, order[..., :min_blocks_per_row], True)
-    return required & allowed
+    return required & candidates
 
 
 def _checked_mass(mass: Tensor | None, scores: Tensor) -> Tensor:

@@ -91,11 +91,13 @@ def average(shares: list[list[int]], length: int) -> list[dict[int, Any]]:
         if mine:
             part = slice(before, before + mine)
             statistics = ops.attention_statistics(query[part], key[part], 8, score_matrix=True)
-            observed[layer] = Observed(mine, statistics._replace(skewness=torch.tensor(torch.nan)))  # nobody's mean
+            values = statistics._replace(skewness=torch.tensor(torch.nan))._asdict()  # nobody's mean
+            observed[layer] = Observed(mine, {name: x for name, x in values.items() if x is not None})
         if any(counts):
             expected[layer] = ops.attention_statistics(query, key, 8, score_matrix=True, backend="reference")
     found = mean_over_processes(observed, range(len(shares)), torch.device("cpu"))
-    return [{layer: tuple(x) for layer, x in each.items()} for each in (found, expected)]
+    together = {layer: part.statistics for layer, part in found.items()}
+    return [{layer: tuple(x) for layer, x in each.items()} for each in (together, expected)]
 
 
 class Attends(pl.LightningModule):

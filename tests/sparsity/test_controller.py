@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from sat.ops.types import AttentionStatistics
-from sat.sparsity import SparsityController, block_mass, select_blocks
+from sat.sparsity import SparsityController, block_mass, revise_blocks, select_blocks
 from sat.sparsity.spion import spion_blocks
 
 # Small on purpose: 2 heads, 8 x 8 tokens in blocks of 2.
 SHAPE = {"num_layers": 2, "num_heads": 2, "grid": (4, 4), "block_size": 2, "lengths": (8, 8)}
+
+
+BARE = {"keep_diagonal": False, "min_blocks_per_row": 0}
 
 
 def controller(**settings):
@@ -114,6 +117,79 @@ def test_fisher_needs_a_backward_pass():
         made.observe(1, {0: statistics(), 1: statistics()})
     with pytest.raises(ValueError, match=r"got the shape \[2, 4\]"):
         made.observe(1, {0: sensitive(torch.rand(2, 4)), 1: sensitive(torch.rand(2, 4, 4))})
+
+
+REVISING = {"mask": "fisher", "per_head": True, "max_dense_steps": 1, "keep_diagonal": False, "min_blocks_per_row": 0}
+
+
+def switched(**settings):
+    """A controller whose layers have left the dense phase at step 1, and by which scores."""
+    made = controller(**{**REVISING, "density": 0.25, "revise_interval": 4, "revise_share": 0.5, **settings})
+    scores = torch.rand(2, 2, 4, 4, generator=torch.Generator().manual_seed(5)) + 0.01
+    made.observe(1, {n: sensitive(scores[n]) for n in range(2)})
+    return made, scores
+
+
+def test_revisions_swap_blocks_when_it_is_time():
+    made, scores = switched()
+    assert made.revises
+    before = [layout.mask.clone() for layout in made.layouts]
+    other = scores.flip(3)
+    for step in (2, 3, 4):
+        assert made.revise(step, dict(enumerate(other))) == []
+    revisions = made.revise(5, dict(enumerate(other)))
+    assert [(r.layer, r.step) for r in revisions] == [(0, 5), (1, 5)]
+    weights = [0.9**n for n in range(5)]
+    total = sum(w * x / x.sum() for w, x in zip(weights, [other] * 4 + [scores], strict=True)) / sum(weights)
+    for index, revision in enumerate(revisions):
+        expected = revise_blocks(before[index], total[index], share=0.5, **BARE)
+        assert torch.equal(made.layouts[index].mask, expected)
+        assert revision.swapped == pytest.approx((expected & ~before[index]).sum().item() / 8)
+        assert revision.swapped > 0
+        assert revision.density == 0.25
+    assert made.revise(6, dict(enumerate(scores))) == []
+    assert made.transition_steps == [1, 1]
+
+
+def test_revisions_under_a_shared_budget_move_blocks_between_layers():
+    made, scores = switched(share_budget=True, revise_share=1.0)
+    for step in range(2, 6):
+        revisions = made.revise(step, {0: scores[0] * 1e-3, 1: scores[1]})
+    assert [r.density for r in revisions] == [0.0, 0.5]
+
+
+def test_revisions_go_on_after_a_restart():
+    settings = {**REVISING, "density": 0.25, "revise_interval": 4, "revise_share": 0.5}
+    made, _ = switched()
+    later = torch.rand(6, 2, 2, 4, 4, generator=torch.Generator().manual_seed(6))
+    for step in range(2, 5):
+        made.revise(step, dict(enumerate(later[step - 2])))
+    again = controller(**settings)
+    again.load_state_dict(made.state_dict())
+    still = controller(**{**settings, "revise_interval": None})
+    still.load_state_dict(made.state_dict())
+    assert not still.revises
+    assert still.layouts == made.layouts
+    for step in range(5, 8):
+        found = [each.revise(step, dict(enumerate(later[step - 2]))) for each in (made, again)]
+        assert found[0] == found[1]
+        assert bool(found[0]) == (step == 5)
+    # Revisions that are wanted only after the switch begin to learn then.
+    late = controller(**settings)
+    late.load_state_dict(still.state_dict())
+    assert late.revise(8, dict(enumerate(later[0])))
+
+
+def test_revisions_that_cannot_be():
+    with pytest.raises(ValueError, match="revise_interval must be at least 1 step, got 0"):
+        controller(mask="fisher", revise_interval=0)
+    with pytest.raises(ValueError, match="revise_share must be above 0 and at most 1, got 0"):
+        controller(mask="fisher", revise_interval=5, revise_share=0)
+    with pytest.raises(ValueError, match=r"revise_interval needs mask='fisher', .* got mask='direct'"):
+        controller(revise_interval=5)
+    made, scores = switched()
+    with pytest.raises(ValueError, match=r"the sensitivities of all 2 layers, got those of \[1\] at step 5"):
+        made.revise(5, {1: scores[1]})
 
 
 def test_a_shared_budget_needs_layers_that_leave_together():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sat.sparsity import select_blocks
+from sat.sparsity import revise_blocks, select_blocks
 
 BARE = {"keep_diagonal": False, "min_blocks_per_row": 0}
 
@@ -233,3 +233,87 @@ def test_a_shared_budget_counts_coverage_over_all():
     is_mask(found[:1], ".x. ... ...")
     is_mask(found[1:], ".x. x.x xxx")
     assert select_blocks(scores, mass=mass, coverage=1.0, share_budget=True, max_density=0.5, **BARE).sum() == 9
+
+
+# Revisions
+
+
+def test_the_weakest_make_place_for_the_strongest():
+    scores = torch.tensor([[[1.0, 9.0, 2.0], [8.0, 3.0, 4.0], [7.0, 6.0, 5.0]]])
+    kept = grid("x.x x.x ...")  # 1, 2, 8, 4
+    is_mask(revise_blocks(kept, scores, share=0.25, **BARE), ".xx x.x ...")
+    is_mask(revise_blocks(kept, scores, share=0.5, **BARE), ".x. x.x x..")
+    # 4 and 6; then 8, which no missing block exceeds.
+    is_mask(revise_blocks(kept, scores, share=1.0, **BARE), ".x. x.. xx.")
+    is_mask(revise_blocks(kept, scores, share=0.0, **BARE), "x.x x.x ...")
+
+
+def test_what_is_required_is_not_given_up():
+    scores = torch.tensor([[[1.0, 9.0, 2.0], [8.0, 3.0, 4.0], [7.0, 6.0, 5.0]]])
+    kept = grid("x.x x.. ..x")
+    is_mask(revise_blocks(kept, scores, share=1.0, min_blocks_per_row=0), "xx. x.. ..x")  # the diagonal block 1 stays
+    # A row's only block stays, however weak it is.
+    kept = grid("x.. xx. xx.")
+    is_mask(revise_blocks(kept, scores, share=1.0, keep_diagonal=False), "xx. x.. xx.")
+    kept = grid("xxx x.. x..")
+    is_mask(revise_blocks(kept, scores, share=1.0, keep_first=1, **BARE), "xxx x.. x..")
+    causal = revise_blocks(grid("x.. xx. ..x"), scores, share=1.0, causal=True, **BARE)
+    is_mask(causal, "... x.. xxx")
+
+
+def test_layouts_trade_with_each_other_only_under_a_shared_budget():
+    scores = torch.stack([torch.full((2, 2), 1.0), torch.full((2, 2), 5.0)])
+    scores += torch.arange(8).view(2, 2, 2) / 100
+    kept = torch.cat([grid("xx .."), grid("x. ..")])
+    apart = revise_blocks(kept, scores, share=1.0, **BARE)
+    assert apart.sum((1, 2)).tolist() == [2, 1]
+    together = revise_blocks(kept, scores, share=1.0, share_budget=True, **BARE)
+    assert together.sum((1, 2)).tolist() == [0, 3]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(1, 7),
+    layouts=st.integers(1, 3),
+    share=st.floats(0, 1),
+    diagonal=st.booleans(),
+    least=st.integers(0, 2),
+    shared=st.booleans(),
+)
+def test_revision_equals_one_swap_after_the_other(seed, size, layouts, share, diagonal, least, shared):
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(layouts, size, size, generator=generator) < 0.4
+    scores = torch.randint(0, 9, kept.shape, generator=generator).float()
+    least = min(least, size)
+    options = {"keep_diagonal": diagonal, "min_blocks_per_row": least}
+    found = revise_blocks(kept, scores, share=share, share_budget=shared, **options)
+    groups = [range(layouts)] if shared else [[g] for g in range(layouts)]
+    expected = kept.clone()
+    for group in groups:
+        may_go = []
+        for g in group:
+            for i in range(size):
+                row = sorted((j for j in range(size) if kept[g, i, j]), key=lambda j: (-scores[g, i, j].item(), j))
+                fixed = {i} & set(row) if diagonal else set()
+                for j in row:
+                    if len(fixed) < least:
+                        fixed.add(j)
+                may_go += [(scores[g, i, j].item(), (g, i, j)) for j in row if j not in fixed]
+        missing = [(-scores[g, i, j].item(), (g, i, j)) for g in group for i, j in (~kept[g]).nonzero().tolist()]
+        limit = int(torch.tensor(int(kept[list(group)].sum())) * share)
+        for (weak, old), (strong, new) in list(zip(sorted(may_go), sorted(missing), strict=False))[:limit]:
+            if -strong > weak:
+                expected[old], expected[new] = False, True
+    assert torch.equal(found, expected)
+    assert found.sum() == kept.sum()
+
+
+def test_revisions_that_cannot_be():
+    kept, scores = torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 2, 2)
+    with pytest.raises(ValueError, match=r"got the shapes \[1, 2, 2\] and \[1, 2, 3\]"):
+        revise_blocks(kept, torch.zeros(1, 2, 3), share=0.5)
+    with pytest.raises(ValueError, match=r"must be 0 to 1, got 1\.5"):
+        revise_blocks(kept, scores, share=1.5)
+    with pytest.raises(ValueError, match="contain NaN"):
+        revise_blocks(kept, scores * math.nan, share=0.5)
