@@ -6,6 +6,8 @@ b block size, M x N blocks, nnz kept blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -201,7 +203,7 @@ def block_sensitivity(
     if layout is None:
         layout = BlockLayout(torch.ones(heads, rows, columns, dtype=torch.bool, device=query.device), block_size)
     mask = layout.mask.expand(heads, -1, -1)
-    options = {"key_padding_mask": key_padding_mask, "is_causal": is_causal, "scale": scale}
+    options: dict[str, Any] = {"key_padding_mask": key_padding_mask, "is_causal": is_causal, "scale": scale}
 
     def loss(kept: Tensor, row: slice) -> Tensor:
         """To first order in the output, ``[B, H]``: the output's part of a block row by its gradient."""

@@ -20,6 +20,7 @@ from tests.distributed.processes import Outcome, launch
 
 SINGLE = ["--trainer.precision", "32-true"]  # Lightning rounds float64 weights to float32 when it loads them
 FISHER = ["--sparsity.mask", "fisher", "--sparsity.per_head", "true", "--sparsity.share_budget", "true"]
+FISHER += ["--sparsity.revise_interval", "3", "--sparsity.revise_share", "0.5", "--sparsity.keep_diagonal", "false"]
 SWITCH = 9  # the criterion is always met, as soon as it is defined: at the third observation
 
 
@@ -91,6 +92,7 @@ def test_processes_reach_what_one_reaches(folder, processes, options):
     assert all(other.out == "" and other.error == "" for other in others)
     assert json.loads((run_folder(folder) / "summary.json").read_text())["processes"] == processes
     assert [p.name for p in (run_folder(folder) / "csv").iterdir()] == ["version_0"]
+    assert first.out.count("layouts revised at step") == (2 if FISHER[1] in options else 0)
 
 
 def test_a_job_that_is_killed_in_every_phase_goes_on(folder):
