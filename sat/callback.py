@@ -10,6 +10,9 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from sat.attention import AdaptiveAttention
 from sat.sparsity import SparsityPhases
 
+# What the loss on validation data is called, by us and by many.
+VALIDATION_LOSS = ("val/loss", "val_loss")
+
 
 class AdaptiveSparsity(SparsityPhases, Callback):
     """Trains densely until the attention's statistics have settled, then gives every layer its block layout.
@@ -59,6 +62,23 @@ class AdaptiveSparsity(SparsityPhases, Callback):
         if values is not None:
             for each in trainer.loggers:
                 each.log_metrics(values, step=self._steps - 1)  # as Lightning numbers this step's metrics
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Guard the sparse phase by the loss on validation data.
+
+        Raises:
+            ValueError: there is a ``guard``, but no such loss was logged.
+        """
+        if self.guard is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        names = [name for name in VALIDATION_LOSS if name in trainer.callback_metrics]
+        if not names:
+            raise ValueError(
+                f"guard={self.guard} needs the validation loss, logged as {' or '.join(VALIDATION_LOSS)}; "
+                f"{type(pl_module).__name__} logs {', '.join(trainer.callback_metrics) or 'nothing'}"
+            )
+        loss = float(trainer.callback_metrics[names[0]])
+        self.after_validation(trainer.strategy.broadcast(loss))  # not everybody's is reduced over the processes
 
 
 def ends_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:

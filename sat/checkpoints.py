@@ -29,9 +29,12 @@ STATES: dict[str, Any] = {
                     | {"observations": int, "score_matrix": torch.Tensor},
                     "verdict": {"met": bool, "streak": int, "missing": str},
                     "layout": torch.Tensor,
+                    "choices": [torch.Tensor],
+                    "agreement": float,
                 }
             ]
         },
+        "guard": {"best_dense_loss": float, "worse": int},
         "revisions": [{"layer": int, "step": int, "swapped": float, "density": float}],
         "transitions": [
             {"layout": torch.Tensor, "layer": int, "step": int, "empty_rows": int, "forced": bool, "missing": str}

@@ -72,10 +72,12 @@ class Findings:
         one_model: whether the layers follow each other in one model.
         summary: a run's summary.json, or as much of it as a checkpoint knows.
         config: a run's config.yaml.
-        history: steps of the observations, and of each layer by number ``skewness`` and ``relative_change`` (percent).
+        history: steps of the observations, and of each layer by number ``skewness``, ``relative_change`` (percent)
+            and, where it is the rule, ``agreement`` (0 to 1).
         curves: steps and values by name, see :func:`sat.plots.plot_training`.
         theta: threshold of the skewness; None if there is none or it is not known.
         delta: threshold of the relative change, in percent, likewise.
+        agreement: threshold of the agreement, likewise; where there is one, the others are none.
         notes: sentences on what is missing or could not be read.
     """
 
@@ -89,6 +91,7 @@ class Findings:
     curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     theta: float | None = None
     delta: float | None = None
+    agreement: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def layer(self, index: int) -> Layer:
@@ -168,6 +171,8 @@ def _add_config(found: Findings, path: Path) -> None:
     found.theta, found.delta = _number(sparsity.get("theta")), _number(sparsity.get("delta"))
     if model.get("attention") == "spion":  # has rules of its own, see sat.train
         found.theta, found.delta = None, _number(_mapping(model.get("attention_options")).get("change", 15.0))
+    elif (least := _number(sparsity.get("agreement"))) is not None:
+        found.theta, found.delta, found.agreement = None, None, least
 
 
 def _add_transition(found: Findings, given: Mapping[str, Any]) -> None:
@@ -242,7 +247,7 @@ def _add_csv(found: Findings, folder: Path) -> None:
 
 def _add_row(found: Findings, step: int, numbers: Mapping[str, float]) -> None:
     for name, value in numbers.items():
-        if (statistic := re.fullmatch(r"layer(\d{1,4})/(skewness|relative_change)", name)) is not None:
+        if (statistic := re.fullmatch(r"layer(\d{1,4})/(skewness|relative_change|agreement)", name)) is not None:
             index = int(statistic[1])
             layers = found.history.setdefault(step, [])
             layers += [{} for _ in range(index + 1 - len(layers))]

@@ -207,12 +207,18 @@ def save_layouts(folder: Path, layouts: Mapping[int, BlockLayout], sparsity: Ada
     if sparsity.history and sparsity.controller is not None:
         layers = range(len(sparsity.attentions))
         steps = sparsity.controller.transition_steps
+        lines = {
+            name: [[record["layers"][layer].get(name, math.nan) for record in sparsity.history] for layer in layers]
+            for name in ("skewness", "relative_change", "agreement")
+        }
         plot_statistics(
             [record["step"] for record in sparsity.history],
-            [[record["layers"][layer]["skewness"] for record in sparsity.history] for layer in layers],
-            [[record["layers"][layer]["relative_change"] for record in sparsity.history] for layer in layers],
+            lines["skewness"],
+            lines["relative_change"],
             theta=sparsity.theta,
             delta=sparsity.delta,
+            agreement=lines["agreement"] if sparsity.agreement is not None else None,
+            least_agreement=sparsity.agreement,
             switch_steps=steps,
             names=[f"layer {layer}" for layer in layers],
             path=folder / "statistics.png",

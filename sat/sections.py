@@ -214,6 +214,12 @@ def _pictures(layers: list[Layer]) -> list[Picture]:
     return pictures
 
 
+AGREEMENT = (
+    " The rule here was the agreement: of the blocks that would be kept, the share that would have been kept some "
+    "observations before, too."
+)
+
+
 def _statistics(found: Findings) -> Section | None:
     """What the criterion saw."""
     section = Section("When to switch")
@@ -238,15 +244,20 @@ def _statistics(found: Findings) -> Section | None:
         values("relative_change"),
         theta=found.theta,
         delta=found.delta,
+        agreement=values("agreement") if found.agreement is not None else None,
+        least_agreement=found.agreement,
         switch_steps=switches,
         names=[found.layers[index].name for index in range(count)],
     )
     limits = [f"skewness at least {found.theta:g}"] if found.theta is not None else []
     limits += [f"change below {found.delta:g} %"] if found.delta is not None else []
+    limits += [f"agreement at least {found.agreement:g}"] if found.agreement is not None else []
     rule = f" The thresholds: {' and '.join(limits)}." if limits else ""
     section.paragraphs = [
         "Skewness tells how unevenly attention is spread: it rises as a pattern forms. The relative change tells how "
-        f"much the distance between successive matrices of scores still changes: it falls as the pattern settles.{rule}"
+        "much the distance between successive matrices of scores still changes: it falls as the pattern settles."
+        + (AGREEMENT if found.agreement is not None else "")
+        + rule
     ]
     if not any(step is not None for step in switches) and any(layer.layout is not None for layer in found.layers):
         section.notes = ["The step of the switch is not known, so it is not marked."]

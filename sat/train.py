@@ -259,6 +259,7 @@ class Run:
                 f"interval of at least 1 step, got {own}"
             )
         criterion = {"theta": None, "delta": own["change"], "smoothing": 0.0, "patience": 1, "per_layer": False}
+        criterion |= {"agreement": None, "revise_interval": None}
         selection = {"mask": "spion", "quantile": own["quantile"], "density": None, "coverage": None}
         selection |= {"per_head": False, "share_budget": False}
         return {**criterion, **selection, "interval": own["interval"], "min_dense_steps": 0}

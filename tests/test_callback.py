@@ -1,6 +1,7 @@
 """AdaptiveSparsity in a LightningModule that is not ours."""
 
 import logging
+import math
 
 import lightning.pytorch as pl
 import pytest
@@ -200,6 +201,72 @@ def test_revisions_find_the_blocks_that_the_task_needs(tmp_path, accumulate):
     assert module.kept[-1].sum() == 16
     assert module.losses[6 * accumulate] > 0.5
     assert module.losses[-1] < 0.1
+
+
+class Validated(SomebodysModel):
+    """Its validation loss is as it is told."""
+
+    def __init__(self, losses: list[float], name: str = "val/loss") -> None:
+        super().__init__()
+        self.losses, self.name, self.seen = losses, name, []
+
+    def validation_step(self, batch, batch_idx):
+        if not self.trainer.sanity_checking:
+            self.seen.append(self.first.layout_mask.float().mean().item())
+            self.log(self.name, self.losses[len(self.seen) - 1])
+
+
+def guarded(tmp_path, losses, **options):
+    sparsity = always(guard=0.1, density=0.1, min_blocks_per_row=0, keep_diagonal=False, **options)
+    module = Validated(losses)
+    module.val_dataloader = data
+    fit(tmp_path, sparsity, module, max_steps=4 * len(losses), val_check_interval=4, limit_val_batches=1)
+    return sparsity, module
+
+
+@pytest.mark.parametrize("mask", ["direct", "fisher"])
+def test_the_guard_adds_blocks_and_goes_back_to_dense(tmp_path, caplog, mask):
+    # The switch is after step 6, between the first two validations.
+    losses = [1.0, 1.05, 1.2, 1.09, 1.2, 1.2, 1.2, math.nan, 1.2, 0.5, 2.0]
+    sparsity, module = guarded(tmp_path, losses, mask=mask, per_head=True)
+    one, two, four = 1 / 16, 2 / 16, 4 / 16
+    # Two in a row, not two in all; a loss that is NaN counts as well.
+    assert module.seen == [1.0, one, one, one, one, one, two, two, four, four, four]
+    assert [(r.layer, r.step, r.density) for r in sparsity.revisions] == [
+        (0, 24, two), (1, 24, two), (0, 32, four), (1, 32, four),
+    ]  # fmt: skip
+    warnings = [r.getMessage() for r in caplog.records if "stays more than" in r.getMessage()]
+    assert warnings[0] == (
+        "step 24: the validation loss, 1.2000, stays more than 0.1 above the best of the dense phase, 1.0000; training "
+        "keeps twice as many blocks from now on, 0.125 of all"
+    )
+    assert len(warnings) == 2
+    sparsity, module = guarded(tmp_path, [*losses[:9], 1.2, 1.2, 9.0], mask=mask)
+    assert module.seen[8:] == [four, four, 1.0, 1.0]
+    assert "training goes on densely" in caplog.text
+    assert sparsity.layouts == {}
+    assert not sparsity.all_sparse
+    # For good, and so it is after a restart.
+    again = always(guard=0.1, mask=mask)
+    again.attach("a model", dict(sparsity.attentions))
+    again.load_state_dict(sparsity.state_dict())
+    assert not any(again.controller.watches(layer) for layer in range(2))
+
+
+def test_without_a_guard_nothing_happens_at_whatever_cost(tmp_path):
+    sparsity = always(density=0.1)
+    module = Validated([1.0, 9.0, 9.0, 9.0, 9.0])
+    module.val_dataloader = data
+    fit(tmp_path, sparsity, module, max_steps=20, val_check_interval=4, limit_val_batches=1)
+    assert sparsity.all_sparse
+    assert sparsity.revisions == []
+
+
+def test_a_guard_without_a_loss_is_refused(tmp_path):
+    module = Validated([1.0], "accuracy")
+    module.val_dataloader = data
+    with pytest.raises(ValueError, match=r"guard=0.1 needs the validation loss, .* Validated logs .*accuracy"):
+        fit(tmp_path, always(guard=0.1), module, max_steps=8, val_check_interval=4, limit_val_batches=1)
 
 
 @pytest.mark.parametrize("mask", ["direct", "fisher", "revised"])

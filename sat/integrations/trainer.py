@@ -100,6 +100,12 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
             # The Trainer has made its line of the history by now.
             logs["sparse_layers"] = state.log_history[-1]["sparse_layers"] = len(self.layouts)
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Guard the sparse phase by the loss on evaluation data."""
+        loss = (kwargs.get("metrics") or {}).get("eval_loss")
+        if self.guard is not None and self.controller is not None and loss is not None:
+            self.after_validation(float(loss))
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the state in the Trainer's checkpoint; the layouts lie there already, beside the weights."""
         folder = _checkpoint(args, state)

@@ -24,6 +24,8 @@ def plot_statistics(
     *,
     theta: float | None,
     delta: float | None,
+    agreement: Sequence[Sequence[float]] | None = None,
+    least_agreement: float | None = None,
     switch_steps: Sequence[int | None] | None = None,
     names: Sequence[str] | None = None,
     title: str | None = None,
@@ -41,6 +43,9 @@ def plot_statistics(
         path: PNG file to write; an existing one is replaced whole or not at all. None writes nothing.
         theta: threshold of the skewness; None: there is none.
         delta: threshold of the relative change, in percent; None: there is none.
+        agreement: ``[layers][steps]``, the share of the blocks that would be kept which would have been kept before,
+            0 to 1, NaN where undefined; a panel of its own. None: it was not the rule.
+        least_agreement: its threshold; None: there is none.
         switch_steps: per layer, the step at which it left the dense phase; None where it has not.
         names: per layer, its name in the legend; "layer 0" and so on if left out.
         title: heading of the figure.
@@ -56,14 +61,17 @@ def plot_statistics(
     for what, given in (("relative_change", relative_change), ("switch_steps", switches), ("names", labels)):
         if len(given) != layers:
             raise ValueError(f"{what} has {len(given)} entries, but skewness has {layers}: one a layer")
-    for what, rows in (("skewness", skewness), ("relative_change", relative_change)):
+    drawn = [("skewness", skewness), ("relative_change", relative_change)]
+    drawn += [("agreement", agreement)] if agreement is not None else []
+    for what, rows in drawn:
         for i, row in enumerate(rows, 1):
             if len(row) != len(steps):
                 raise ValueError(f"{what} of layer {i} has {len(row)} values for {len(steps)} steps")
 
-    figure = Drawing(figsize=(9.2, 5.4), facecolor="white")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    figure.subplots_adjust(left=0.095, right=0.72, bottom=0.09, top=0.86, hspace=0.12)
+    figure = Drawing(figsize=(9.2, 2.7 * len(drawn)), facecolor="white")
+    panels = figure.subplots(len(drawn), 1, sharex=True)
+    upper, lower = panels[:2]
+    figure.subplots_adjust(left=0.095, right=0.72, bottom=0.18 / len(drawn), top=1 - 0.28 / len(drawn), hspace=0.12)
     colors = line_colors(layers)
     marker = "o" if len(steps) == 1 else None
     for color, skew, change in zip(colors, skewness, relative_change, strict=True):
@@ -76,12 +84,17 @@ def plot_statistics(
         _threshold(upper, theta, f"at least θ = {theta:g}", above=True)
     if delta is not None:
         _threshold(lower, delta, f"below δ = {delta:g} %", above=False)
+    for color, shares in zip(colors, agreement or [], strict=False):
+        panels[2].plot(steps, shares, color=color, linewidth=1.3, marker=marker)
+        panels[2].set_ylim(-0.02, 1.02)
+    if least_agreement is not None and agreement is not None:
+        _threshold(panels[2], least_agreement, f"at least {least_agreement:g}", above=True)
 
     # One line for all layers that switched together; what a line of another colour means stands in the legend.
     together = len(set(switches)) == 1 and switches[0] is not None
     for step, color in [(switches[0], INK)] if together else zip(switches, colors, strict=True):
         if step is not None:
-            for axes in (upper, lower):
+            for axes in panels:
                 axes.axvline(step, color=color, linewidth=1.0, linestyle="-" if together else (0, (1, 1)), zorder=1)
     if together:
         _name_switch(upper, switches[0] or 0, "all layers switch" if layers > 1 else "the layer switches")
@@ -91,9 +104,11 @@ def plot_statistics(
 
     upper.set_ylabel("skewness of the scores", fontsize=9, color=INK)
     lower.set_ylabel("relative change\nof the distance (%)", fontsize=9, color=INK)
-    _step_axis(lower, steps)
+    if agreement is not None:
+        panels[2].set_ylabel("agreement of\nthe chosen blocks", fontsize=9, color=INK)
+    _step_axis(panels[-1], steps)
     figure.align_ylabels()
-    for axes in (upper, lower):
+    for axes in panels:
         _plain(axes)
     figure.legend(
         upper.get_lines()[:layers],
@@ -108,11 +123,11 @@ def plot_statistics(
     )
     note = "shaded = criterion met; a layer may switch when it is met"
     note += " in both panels" if theta is not None else ", whatever its skewness"
-    heading(
-        figure,
-        title or "When to leave the dense phase",
-        note if delta is not None else "statistics of each layer's attention; the thresholds are not known",
-    )
+    if agreement is not None:
+        note = "shaded = criterion met: the blocks that would be kept have settled"
+    elif delta is None:
+        note = "statistics of each layer's attention; the thresholds are not known"
+    heading(figure, title or "When to leave the dense phase", note)
     return written(figure, path)
 
 

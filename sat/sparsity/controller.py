@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from sat.layout import BlockLayout
 from sat.sparsity.criterion import Criterion, Verdict
 from sat.sparsity.masks import FisherMask, MaskLearner, MaskName, make_mask
+from sat.sparsity.selection import agreement as agreement_of
 from sat.sparsity.selection import check_selection, revise_blocks, select_blocks
 from sat.sparsity.spion import spion_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass
@@ -85,6 +86,8 @@ class _Layer:
         self.history = history
         self.learner = learner  # None under "spion", which learns nothing, and in a sparse phase without revisions
         self.verdict = Verdict(False, 0, "no observation yet")
+        self.choices: list[Tensor] = []  # of the latest observations, oldest first, where their agreement is the rule
+        self.agreement: float | None = None
         self.layout: BlockLayout | None = None
         self.transition_step: int | None = None
 
@@ -110,6 +113,8 @@ class SparsityController:
         delta: in percent.
         smoothing: 0 is the paper's rule.
         patience: in observations.
+        agreement: share of the blocks; in place of theta and delta.
+        agreement_lag: in observations.
         per_layer: True: each layer leaves when it is ready. False (the paper's): all leave together, at the first
             observation at which every layer is ready.
         min_dense_steps: no transition before this many optimizer steps.
@@ -136,6 +141,7 @@ class SparsityController:
             switch or the revision before; see :func:`revise_blocks`. None: layouts stay as they are. Needs
             ``mask="fisher"``.
         revise_share: at most this share of the kept blocks is swapped at a time.
+        keep_scores: keep what the masks have learned after the switch, so that :meth:`add_blocks` can be called.
         seed: of the masks' initial values; the global generator is not touched.
 
     Raises:
@@ -156,6 +162,8 @@ class SparsityController:
         delta: float = 1.3,
         smoothing: float = 0.0,
         patience: int = 1,
+        agreement: float | None = None,
+        agreement_lag: int = 10,
         per_layer: bool = False,
         min_dense_steps: int = 0,
         max_dense_steps: int | None = None,
@@ -176,17 +184,20 @@ class SparsityController:
         share_budget: bool = False,
         revise_interval: int | None = None,
         revise_share: float = 0.3,
+        keep_scores: bool = False,
         seed: int = 0,
     ) -> None:
         self.num_layers, self.num_heads, self.block_size = num_layers, num_heads, block_size
         self.grid, self.lengths = (grid[0], grid[1]), (lengths[0], lengths[1])
-        self.criterion = Criterion(theta, delta, smoothing, patience)
+        self.criterion = Criterion(theta, delta, smoothing, patience, agreement, agreement_lag)
         self.per_layer, self.per_head, self.mask = per_layer, per_head, mask
         self.min_dense_steps, self.max_dense_steps = min_dense_steps, max_dense_steps
         self.mask_rank, self.mask_lr, self.mask_steps = mask_rank, mask_lr, mask_steps
         self.quantile, self.keep_first_tokens, self.share_budget = quantile, keep_first_tokens, share_budget
         self.revise_interval, self.revise_share = revise_interval, revise_share
+        self.keep_scores = keep_scores or revise_interval is not None
         self._revised_at: int | None = None
+        self.stays_dense = False  # after the sparse phase has been given up
         self._check_settings()
         if mask == "spion":
             self._check_spion(density, coverage, per_head)
@@ -296,10 +307,11 @@ class SparsityController:
         """The layers whose statistics the next observation needs."""
         return [index for index, layer in enumerate(self._layers) if layer.layout is None]
 
-    @property
-    def revises(self) -> bool:
-        """Whether it is time for :meth:`revise`, which needs the sensitivities of all layers."""
-        return self.revise_interval is not None and self.all_sparse
+    def watches(self, layer: int) -> bool:
+        """Whether the next observation needs this layer: for :meth:`observe`, or once all are sparse :meth:`revise`."""
+        if self.stays_dense:
+            return False
+        return self.phase(layer) == "dense" or (self.revise_interval is not None and self.all_sparse)
 
     @property
     def layouts(self) -> list[BlockLayout | None]:
@@ -320,6 +332,8 @@ class SparsityController:
     def latest(self) -> list[dict[str, float]]:
         """Each layer's latest values, for logging: skewness, distance, relative_change (percent), met (0 or 1).
 
+        And where it is the rule, agreement (0 to 1).
+
         The values are those that the criterion compares, thus after smoothing; nan where not defined yet. A sparse
         layer keeps its last ones.
         """
@@ -329,6 +343,7 @@ class SparsityController:
                 "distance": _or_nan(layer.history.distance),
                 "relative_change": _or_nan(layer.history.relative_change),
                 "met": float(layer.verdict.met),
+                **({} if self.criterion.agreement is None else {"agreement": _or_nan(layer.agreement)}),
             }
             for layer in self._layers
         ]
@@ -367,7 +382,11 @@ class SparsityController:
             layer.history.update(matrices[index], observed.skewness.item())
             if isinstance(layer.learner, MaskLearner):
                 layer.learner.fit(observed.pooled, self.lengths[1], self.mask_steps)
-            layer.verdict = self.criterion.judge(layer.history, layer.verdict.streak)
+        pooled = {index: statistics[index].pooled.detach().cpu() for index in dense}
+        kept = self._compare_choices(pooled) if self.criterion.agreement is not None else {}
+        for index in dense:
+            layer = self._layers[index]
+            layer.verdict = self.criterion.judge(layer.history, layer.verdict.streak, layer.agreement)
 
         if step < self.min_dense_steps:
             return []
@@ -378,11 +397,23 @@ class SparsityController:
         leaving = dense if overdue else ready
         if not leaving:
             return []
-        pooled = {index: statistics[index].pooled.detach().cpu() for index in leaving}
-        kept = self._choose_blocks(pooled)
+        kept = kept or self._choose_blocks({index: pooled[index] for index in leaving})
         return [
             self._leave_dense(step, index, pooled[index], kept[index], forced=index not in ready) for index in leaving
         ]
+
+    def _compare_choices(self, pooled: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What would be chosen now, and how far it agrees with earlier choices; nothing if no choice is possible."""
+        if any(isinstance(x, FisherMask) and not x.weight for x in (self._layers[index].learner for index in pooled)):
+            return {}
+        kept = self._choose_blocks(pooled)
+        fixed = {name: self._selection[name] for name in ("keep_diagonal", "keep_first", "causal")}
+        for index, now in kept.items():
+            layer = self._layers[index]
+            if len(layer.choices) == self.criterion.agreement_lag:
+                layer.agreement = agreement_of(now, layer.choices.pop(0), **fixed)
+            layer.choices.append(now)
+        return kept
 
     def revise(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> list[Revision]:
         """Take in what the loss depends on in the sparse phase, and if it is time, swap blocks.
@@ -411,22 +442,48 @@ class SparsityController:
         if step - latest < self.revise_interval:
             return []
         self._revised_at = step
+        settings = {name: self._selection[name] for name in _REVISED_BY} | {"share": self.revise_share}
+        return self._change(step, lambda kept, scores: revise_blocks(kept, scores, **settings))
+
+    def add_blocks(self, step: int) -> list[Revision]:
+        """Keep twice as many blocks, the new ones by what the masks have learned.
+
+        Args:
+            step: optimizer steps already done.
+
+        Returns:
+            The layers whose layouts change now; none where nothing has been learned (``mask="spion"``).
+        """
+        selection = {**self._selection, "coverage": None, "min_density": 0.0, "max_density": 1.0}
+
+        def more(kept: Tensor, scores: Tensor) -> Tensor:
+            selection["density"] = min(1.0, 2 * kept.sum().item() / kept.numel())
+            if selection["causal"]:
+                selection["density"] = min(1.0, 2 * kept.sum().item() / kept.new_ones(kept.shape).tril().sum().item())
+            return select_blocks(scores.masked_fill(kept, torch.inf), **selection)
+
+        return self._change(step, more)
+
+    def give_up(self) -> None:
+        """Go back to dense attention in every layer, for good."""
+        self.stays_dense = True
+        for layer in self._layers:
+            layer.layout = layer.transition_step = None
+
+    def _change(self, step: int, change: Callable[[Tensor, Tensor], Tensor]) -> list[Revision]:
+        """Give every layer the layout that follows from its present one and its scores."""
         before, scores = [], []
         for layer in self._layers:
-            assert layer.layout is not None
-            assert isinstance(layer.learner, FisherMask)
-            if not layer.learner.weight:
+            if layer.layout is None or layer.learner is None:
+                return []
+            if isinstance(layer.learner, FisherMask) and not layer.learner.weight:
                 return []  # no gradient was observed, as the log says
             before.append(layer.layout.mask)
             scores.append(layer.learner.scores())
-        settings = {name: self._selection[name] for name in _REVISED_BY}
         if self.share_budget:
-            after = revise_blocks(torch.cat(before), torch.cat(scores), share=self.revise_share, **settings).split(
-                len(before[0])
-            )
+            after = change(torch.cat(before), torch.cat(scores)).split(len(before[0]))
         else:
-            pairs = zip(before, scores, strict=True)
-            after = [revise_blocks(kept, score, share=self.revise_share, **settings) for kept, score in pairs]
+            after = tuple(change(kept, each) for kept, each in zip(before, scores, strict=True))
         revisions = []
         for index, (old, new) in enumerate(zip(before, after, strict=True)):
             if torch.equal(old, new):
@@ -511,9 +568,10 @@ class SparsityController:
         layer = self._layers[index]
         layer.layout = layout = BlockLayout(kept, self.block_size)
         layer.transition_step = step
-        if self.revise_interval is None:
+        if not self.keep_scores:
             layer.learner = None
         layer.history.drop_matrix()
+        layer.choices = []
         return Transition(
             layer=index,
             layout=layout,
@@ -554,11 +612,16 @@ class SparsityController:
             state: dict[str, Any] = {"history": layer.history.state_dict(), "verdict": layer.verdict._asdict()}
             if layer.learner is not None:
                 state["learner"] = layer.learner.state_dict()
+            if self.criterion.agreement is not None:
+                state["choices"] = [choice.clone() for choice in layer.choices]
+                state["agreement"] = _or_nan(layer.agreement)
             if layer.layout is not None:
                 state["layout"] = layer.layout.mask.clone()
                 state["transition_step"] = layer.transition_step
             layers.append(state)
-        return {"structure": self._structure(), "layers": layers, "revised_at": self._revised_at}
+        return {"structure": self._structure(), "layers": layers, "revised_at": self._revised_at} | (
+            {"stays_dense": True} if self.stays_dense else {}
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; from here on the decisions are those of the saved controller.
@@ -575,14 +638,18 @@ class SparsityController:
                     f"the saved sparsity state has {name} = {saved}, this controller {here}; load it with the "
                     f"settings it was saved with"
                 )
-        self._revised_at = state.get("revised_at")
+        self._revised_at, self.stays_dense = state.get("revised_at"), state.get("stays_dense", False)
         for layer, saved in zip(self._layers, state["layers"], strict=True):
             layer.history.load_state_dict(saved["history"])
             layer.verdict = Verdict(**saved["verdict"])
+            layer.choices = [choice.to("cpu", copy=True) for choice in saved.get("choices", [])]
+            layer.choices = layer.choices[-self.criterion.agreement_lag :]
+            layer.agreement = saved.get("agreement", math.nan)
+            layer.agreement = None if math.isnan(layer.agreement) else layer.agreement
             layer.learner, layer.layout, layer.transition_step = None, None, saved.get("transition_step")
             if "layout" in saved:
                 layer.layout = BlockLayout(saved["layout"].to("cpu", copy=True), self.block_size)
-            if layer.layout is not None and self.revise_interval is None:
+            if layer.layout is not None and not self.keep_scores:
                 continue
             if (learner := self._learner(torch.Generator("cpu"))) is not None:
                 if layer.layout is None or "learner" in saved:  # or else revisions are wanted only from now on

@@ -37,17 +37,23 @@ class Criterion:
         smoothing: weight of the past in the exponential means that the rule compares, 0 <= smoothing < 1; see
             :class:`LayerHistory` for what is smoothed and why.
         patience: observations in a row at which the rule must hold, at least 1.
+        agreement: a rule in place of skewness and change, on what the choice is about: of the blocks that would be
+            chosen now, this share would have been chosen ``agreement_lag`` observations ago, above 0 to 1; None: the
+            paper's rule.
+        agreement_lag: in observations, at least 1.
 
     Raises:
         ValueError: a value is out of range.
 
-    Source: Yoon et al., IEEE Access 12 (2024), the transition of SAT; smoothing and patience are ours.
+    Source: Yoon et al., IEEE Access 12 (2024), the transition of SAT; smoothing, patience and agreement are ours.
     """
 
     theta: float | None = 1.7
     delta: float = 1.3
     smoothing: float = 0.0
     patience: int = 1
+    agreement: float | None = None
+    agreement_lag: int = 10
 
     def __post_init__(self) -> None:
         if self.theta is not None and not math.isfinite(self.theta):
@@ -59,25 +65,46 @@ class Criterion:
                 f"smoothing must be at least 0 and below 1, got {self.smoothing}; 0 switches it off, 0.9 averages "
                 f"about ten observations"
             )
+        if self.agreement is not None and not 0 < self.agreement <= 1:
+            raise ValueError(
+                f"agreement is a share of the blocks and must be above 0 and at most 1, got {self.agreement}"
+            )
+        if self.agreement_lag < 1:
+            raise ValueError(f"agreement_lag must be at least 1 observation, got {self.agreement_lag}")
         if self.patience < 1:
             raise ValueError(
                 f"patience must be at least 1 observation, got {self.patience}; 1 lets a single observation decide"
             )
 
-    def judge(self, history: LayerHistory, streak: int = 0) -> Verdict:
+    def judge(self, history: LayerHistory, streak: int = 0, agreement: float | None = None) -> Verdict:
         """Judge a layer after its latest observation.
 
         Args:
             history: the layer's history.
             streak: the ``streak`` of the verdict on the observation before.
+            agreement: of the blocks that would be chosen now with those chosen ``agreement_lag`` observations ago,
+                0 to 1; None before there are so many.
         """
-        missing = self._missing_thresholds(history)
+        if self.agreement is None:
+            missing = self._missing_thresholds(history)
+        else:
+            missing = self._missing_agreement(history, agreement)
         if missing:
             return Verdict(False, 0, "; ".join(missing))
         streak += 1
         if streak < self.patience:
             return Verdict(False, streak, f"thresholds kept for {streak} of {self.patience} observations in a row")
         return Verdict(True, streak, "")
+
+    def _missing_agreement(self, history: LayerHistory, agreement: float | None) -> list[str]:
+        assert self.agreement is not None
+        if agreement is None:
+            return [
+                f"the agreement is known after {self.agreement_lag + 1} observations, so far {history.observations}"
+            ]
+        if agreement < self.agreement:
+            return [f"agreement {_apart(agreement, self.agreement)} < {self.agreement:.2f}"]
+        return []
 
     def _missing_thresholds(self, history: LayerHistory) -> list[str]:
         if history.skewness is None:

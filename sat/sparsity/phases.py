@@ -7,6 +7,7 @@ trainer's own callback adds is when things happen.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -78,6 +79,9 @@ class SparsityPhases:
         delta: ... and when the distance between successive score matrices changes by less, in percent.
         smoothing: weight of the past in an exponential mean of both, 0 (the paper's rule) to below 1.
         patience: successive observations at which the rule must hold.
+        agreement: another rule in place of theta and delta: leave when, of the blocks that would be kept now, this
+            share would have been kept some observations ago, too; 0 to 1, null: theta and delta are the rule.
+        agreement_lag: how many observations ago.
         per_layer: every layer leaves on its own; otherwise all together.
         min_dense_steps: no transition before this step.
         max_dense_steps: transition at this step even if the rule does not hold; null waits without end.
@@ -88,6 +92,10 @@ class SparsityPhases:
         revise_interval: optimizer steps between revisions of the layouts in the sparse phase, in which the weakest kept
             blocks make place for missing ones that the loss depends on more; null: layouts stay. Needs mask fisher.
         revise_share: of the kept blocks, at most this share is swapped at a time, above 0 to 1.
+        guard: when the validation loss stays this much above the best of the dense phase (in nats for cross entropy),
+            twice as many blocks are kept, and where that would be half of all or more, training goes on densely; null:
+            whatever it costs.
+        guard_patience: validations in a row.
         seed: of the masks' initial values.
 
     Raises:
@@ -112,6 +120,8 @@ class SparsityPhases:
         delta: float = 1.3,
         smoothing: float = 0.0,
         patience: int = 1,
+        agreement: float | None = None,
+        agreement_lag: int = 10,
         per_layer: bool = False,
         min_dense_steps: int = 0,
         max_dense_steps: int | None = None,
@@ -120,6 +130,8 @@ class SparsityPhases:
         lr_factor: float = 0.5,
         revise_interval: int | None = None,
         revise_share: float = 0.3,
+        guard: float | None = None,
+        guard_patience: int = 2,
         seed: int = 0,
     ) -> None:
         if interval < 1:
@@ -130,14 +142,22 @@ class SparsityPhases:
             raise ValueError(f"keep_first_tokens must be at least 0, got {keep_first_tokens}; 1 keeps the CLS token")
         if not 0 < lr_factor <= 1:
             raise ValueError(f"lr_factor must be above 0 and at most 1, got {lr_factor}")
+        if guard is not None and not 0 <= guard < math.inf:
+            raise ValueError(f"guard is a margin of the validation loss and must be at least 0, got {guard}")
+        if guard_patience < 1:
+            raise ValueError(f"guard_patience must be at least 1 validation, got {guard_patience}")
+        self.guard, self.guard_patience = guard, guard_patience
         self.interval, self.samples, self.lr_factor = interval, samples, lr_factor
-        self.theta, self.delta = theta, delta
+        self.theta, self.delta = (theta, delta) if agreement is None else (None, None)
+        self.agreement = agreement
         self._make_controller: Callable[..., SparsityController] = partial(
             SparsityController,
             theta=theta,
             delta=delta,
             smoothing=smoothing,
             patience=patience,
+            agreement=agreement,
+            agreement_lag=agreement_lag,
             per_layer=per_layer,
             min_dense_steps=min_dense_steps,
             max_dense_steps=max_dense_steps,
@@ -156,6 +176,7 @@ class SparsityPhases:
             keep_first_tokens=keep_first_tokens,
             revise_interval=revise_interval,
             revise_share=revise_share,
+            keep_scores=guard is not None,
             seed=seed,
         )
         # Refuses bad values now, not in the middle of a set-up. The grid is as small as the settings allow.
@@ -167,6 +188,7 @@ class SparsityPhases:
         self.revisions: list[Revision] = []
         self.history: list[dict[str, Any]] = []
         self.pooled: dict[int, PooledAttention] = {}  # of the layers that switched with the latest batch
+        self._best_dense_loss, self._worse = math.inf, 0
         self._steps = 0  # optimizer steps; trainer.global_step counts those of every optimizer
         self._rank, self._world_size = 0, 1
         self._passed = 0  # sequences of the whole batch that earlier batches of the accumulation had, in all processes
@@ -200,6 +222,7 @@ class SparsityPhases:
         if self.controller is not None and [*map(id, attentions.values())] == [*map(id, self.attentions.values())]:
             return
         self.attentions, self._steps = dict(attentions), 0
+        self._best_dense_loss, self._worse = math.inf, 0
         self.transitions, self.revisions, self.history = [], [], []
         if not self.attentions:
             raise ValueError(
@@ -290,7 +313,7 @@ class SparsityPhases:
             wanted = max(0, self.samples - self._passed - self._rank * sequences)
         self._passed += self._world_size * sequences
         for index, attention in enumerate(self.attentions.values()):
-            watched = wanted > 0 and (self.controller.phase(index) == "dense" or self.controller.revises)
+            watched = wanted > 0 and self.controller.watches(index)
             attention.observe_samples = wanted if watched else 0
             attention.statistics = attention.block_gate = None
             if watched and self.controller.mask == "fisher":
@@ -320,7 +343,8 @@ class SparsityPhases:
             attention.statistics = attention.block_gate = None
         self._steps += ends_step
         # All processes know alike whether this is an observation, though not all may have looked at something.
-        if not ends_step or self._steps % self.interval or (self.all_sparse and not self.controller.revises):
+        watching = any(map(self.controller.watches, range(len(attentions))))
+        if not ends_step or self._steps % self.interval or not watching:
             return None
         observed, self._observed = self._observed, {}
         layers = self.controller.dense_layers or [*range(len(attentions))]
@@ -353,14 +377,52 @@ class SparsityPhases:
             if value == value  # nan: not defined yet
         }
 
-    def _revise(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> dict[str, float] | None:
+    def after_validation(self, loss: float) -> None:
+        """Compare the sparse phase with the dense one, and act if it has been worse by ``guard`` for too long.
+
+        Args:
+            loss: of the validation data, the same in all processes.
+        """
+        if self.guard is None or self.controller is None or self.controller.stays_dense:
+            return
+        if not self.all_sparse:
+            if loss < self._best_dense_loss and not self.layouts:
+                self._best_dense_loss = loss
+            return
+        # A loss of NaN is not within the margin either.
+        self._worse = 0 if loss <= self._best_dense_loss + self.guard else self._worse + 1
+        if self._worse < self.guard_patience:
+            return
+        self._worse = 0
+        density = sum(layout.density for layout in self.layouts.values()) / len(self.layouts)
+        revisions = self.controller.add_blocks(self._steps) if density < 0.25 else []
+        self._take_over(revisions)
+        if revisions:
+            action = f"keeps twice as many blocks from now on, {2 * density:.3f} of all"
+        else:
+            self.controller.give_up()
+            for attention in self.attentions.values():
+                attention.set_layout(None)
+            action = "goes on densely"
+        if self._rank == 0:
+            logger.warning(
+                "step %d: the validation loss, %.4f, stays more than %g above the best of the dense phase, %.4f; "
+                "training %s", self._steps, loss, self.guard, self._best_dense_loss, action,
+            )  # fmt: skip
+
+    def _take_over(self, revisions: list[Revision]) -> None:
+        """Put the layouts in place that the controller has changed."""
         assert self.controller is not None
-        revisions = self.controller.revise(step, sensitivities)
         attentions = list(self.attentions.values())
         for revision in revisions:
             attentions[revision.layer].set_layout(self.controller.layouts[revision.layer])
         self._check_processes()
         self.revisions += revisions
+
+    def _revise(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> dict[str, float] | None:
+        assert self.controller is not None
+        revisions = self.controller.revise(step, sensitivities)
+        self._take_over(revisions)
         return {f"layer{revision.layer}/swapped": revision.swapped for revision in revisions} or None
 
     def _pooled(self, pooled: Tensor) -> PooledAttention:
@@ -378,6 +440,7 @@ class SparsityPhases:
             "revisions": [r._asdict() for r in self.revisions],
             "history": self.history,
             "steps": self._steps,
+            "guard": {"best_dense_loss": self._best_dense_loss, "worse": self._worse},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -402,6 +465,8 @@ class SparsityPhases:
         self.revisions = [Revision(**saved) for saved in state_dict.get("revisions", [])]
         self.history = list(state_dict["history"])
         self._steps = state_dict["steps"]
+        guard = state_dict.get("guard", {})
+        self._best_dense_loss, self._worse = guard.get("best_dense_loss", math.inf), guard.get("worse", 0)
 
 
 def _left_by(attention: Attention) -> dict[str, Tensor]:

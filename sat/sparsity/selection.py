@@ -151,6 +151,25 @@ def revise_blocks(
     return revised.view(num_layouts, rows, columns)
 
 
+def agreement(now: Tensor, before: Tensor, *, keep_diagonal: bool, keep_first: int = 0, causal: bool = False) -> float:
+    """Of the blocks that are chosen now, the share that were chosen before, too.
+
+    Those that are kept in any case, the diagonal and the first rows and columns, do not count: they always agree.
+
+    Args:
+        now: bool ``[G, M, N]``.
+        before: bool ``[G, M, N]``.
+        keep_diagonal: as in :func:`select_blocks`, and what follows.
+        keep_first: block rows and block columns at the start.
+        causal: only blocks of the lower triangle could be chosen.
+
+    Returns:
+        0 to 1; 1 if nothing is left to choose.
+    """
+    chosen = now & ~_required(now.float(), now, keep_diagonal, 0, keep_first, causal)
+    return (chosen & before).sum().item() / max(chosen.sum().item(), 1) if chosen.any() else 1.0
+
+
 def check_selection(
     density: float | None,
     coverage: float | None,

@@ -5,6 +5,7 @@ import torch
 
 from sat.ops.types import AttentionStatistics
 from sat.sparsity import SparsityController, block_mass, revise_blocks, select_blocks
+from sat.sparsity.selection import agreement
 from sat.sparsity.spion import spion_blocks
 
 # Small on purpose: 2 heads, 8 x 8 tokens in blocks of 2.
@@ -132,7 +133,7 @@ def switched(**settings):
 
 def test_revisions_swap_blocks_when_it_is_time():
     made, scores = switched()
-    assert made.revises
+    assert made.watches(0)
     before = [layout.mask.clone() for layout in made.layouts]
     other = scores.flip(3)
     for step in (2, 3, 4):
@@ -168,7 +169,7 @@ def test_revisions_go_on_after_a_restart():
     again.load_state_dict(made.state_dict())
     still = controller(**{**settings, "revise_interval": None})
     still.load_state_dict(made.state_dict())
-    assert not still.revises
+    assert not still.watches(0)
     assert still.layouts == made.layouts
     for step in range(5, 8):
         found = [each.revise(step, dict(enumerate(later[step - 2]))) for each in (made, again)]
@@ -190,6 +191,78 @@ def test_revisions_that_cannot_be():
     made, scores = switched()
     with pytest.raises(ValueError, match=r"the sensitivities of all 2 layers, got those of \[1\] at step 5"):
         made.revise(5, {1: scores[1]})
+
+
+def observed(made, scores, step):
+    return made.observe(step, {n: sensitive(scores[n]) for n in made.dense_layers})
+
+
+def test_leaves_when_the_choice_agrees_with_an_earlier_one():
+    settings = {"mask": "fisher", "per_head": True, "agreement": 0.9, "agreement_lag": 3, "theta": 1e9}
+    made = controller(**settings)
+    generator = torch.Generator().manual_seed(8)
+    for step in range(1, 8):  # a hundred times as large each time: the newest observation decides
+        assert observed(made, torch.rand(2, 2, 4, 4, generator=generator), step) == []
+    values = [layer["agreement"] for layer in made.latest]
+    assert all(0 < value < 0.9 for value in values)
+    assert made.missing == [f"agreement {value:.2f} < 0.90" for value in values]
+    settled = torch.rand(2, 2, 4, 4, generator=generator) ** 8
+    again = controller(**settings)
+    for step in range(8, 60):
+        before = made.state_dict()
+        if observed(made, settled, step):
+            break
+    again.load_state_dict(before)
+    assert observed(again, settled, step)
+    assert again.layouts == made.layouts
+    assert again.latest == made.latest
+    assert all(layer["agreement"] >= 0.9 for layer in made.latest)
+    # The running mean has to come round to the settled scores, and then to stay for three observations.
+    assert 10 < step < 40
+
+
+def test_the_agreement_is_that_of_two_choices_some_observations_apart():
+    made = controller(mask="fisher", agreement=1.0, agreement_lag=2, density=0.25, **BARE)
+    chosen = []
+    generator = torch.Generator().manual_seed(9)
+    mean, weight = torch.zeros(1, 4, 4, dtype=torch.float64), 0.0
+    for step in range(1, 7):
+        scores = torch.rand(2, 2, 4, 4, generator=generator)
+        found = observed(made, scores, step)
+        mean = 0.9 * mean + scores[0].double().sum(0, keepdim=True) / scores.double().sum()
+        weight = 0.9 * weight + 1
+        chosen.append(select_blocks(mean / weight, density=0.25, **BARE))
+        value = made.latest[0]["agreement"]
+        if step <= 2:
+            assert math.isnan(value)
+            assert made.missing[0] == f"the agreement is known after 3 observations, so far {step}"
+        elif not found:
+            assert value == (chosen[-1] & chosen[-3]).sum().item() / 4
+
+
+def test_agreement_leaves_out_what_is_kept_in_any_case():
+    eye = torch.eye(4, dtype=torch.bool)[None]
+    now, before = eye.clone(), eye.clone()
+    assert agreement(now, before, keep_diagonal=True) == 1.0
+    now[0, 0, 1:3] = before[0, 0, 2:] = True
+    assert agreement(now, before, keep_diagonal=True) == 0.5
+    assert agreement(now, before, keep_diagonal=False) == 5 / 6
+    now[0, :, 0] = now[0, 0] = before[0, :, 0] = before[0, 0] = True
+    now[0, 2, 1] = True
+    assert agreement(now, before, keep_diagonal=True, keep_first=1) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"agreement": 0.0}, "agreement is a share of the blocks and must be above 0 and at most 1, got 0"),
+        ({"agreement": 1.5}, "must be above 0 and at most 1, got 1.5"),
+        ({"agreement": 0.9, "agreement_lag": 0}, "agreement_lag must be at least 1 observation, got 0"),
+    ],
+)
+def test_agreements_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        controller(**settings)
 
 
 def test_a_shared_budget_needs_layers_that_leave_together():
