@@ -91,7 +91,7 @@ def measure(length: int, densities: Sequence[float], device: str, rounds: int) -
         attend, kept = way.attend(shape, device)
         if kept and any(kept["density"] == row.get("density") for row in rows.values()):
             continue  # the diagonal, which is kept in any case, is more than what was asked for
-        rows[way] = {"way": way.name, **kept}
+        rows[way] = {"way": way.name, **({"asked": way.density} if kept else {}), **kept}
         calls[str(way)] = step(attend, shape, device)
     figures, times = clock.figures(calls, device, rounds)
     del calls
