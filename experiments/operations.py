@@ -1,6 +1,6 @@
 """Attention by its operations: SDDMM, sparse softmax, SpMM, and the whole of it, each beside the dense one.
 
-    python -m experiments.operations                    (about 2 minutes on 2 cores)
+    python -m experiments.operations                    (about 1 minute on 2 cores)
     python -m experiments.operations --device cuda
 
 At the shapes and densities of the paper's tasks; the batch is as large as the task's, or as the dense scores allow. The

@@ -12,6 +12,14 @@ from tests.ops import oracle
 TASK = operations.Task("tiny", 64, 16, 0.5, 3)
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """The commands choose a number of threads; the tests after these have theirs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def test_all_ways_of_an_operation_compute_what_it_replaces():
     """The dense ones on a layout with all blocks, and the whole on a sparse one by the oracle."""
     layout = layouts.learned_like(4, 1.0, 1, 16, "cpu")

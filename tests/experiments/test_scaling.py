@@ -18,6 +18,14 @@ def small_shape(monkeypatch):
     monkeypatch.setitem(scaling.SHAPES, "cpu", SMALL)
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """The commands choose a number of threads; the tests after these have theirs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def allocate(mib):
     return lambda: torch.ones(mib * 2**18).sum(), lambda: torch.ones(1).sum()
 
