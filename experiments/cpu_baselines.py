@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from experiments import record
-from experiments.cpu_attention import peak_memory_mib
+from experiments import memory, record
 from sat.baselines import BigBirdAttention, LongformerAttention
 
 BATCH, LENGTH, WIDTH, HEADS = 8, 1024, 64, 2
@@ -131,21 +129,10 @@ class Step:
         torch.autograd.grad(self.layer(self.x), self.wanted, self.grad, allow_unused=True)
 
 
-def memory(name: str, threads: int) -> float:
-    """MiB that forward and backward take beside the layer and its input, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_memory, (name, threads))
-
-
-def _memory(name: str, threads: int) -> float:
-    torch.set_num_threads(threads)
-    step = Step(name)
-    # Libraries allocate at their first call: not counted.
+def with_a_small_one(name: str) -> tuple[Step, Callable[[], Any]]:
+    """What ``memory.peak_mib`` asks for."""
     small = Layer(None)
-    small(torch.randn(1, 8, WIDTH)).sum().backward()
-    before = peak_memory_mib()
-    step()
-    return round(peak_memory_mib() - before, 1)
+    return Step(name), lambda: small(torch.randn(1, 8, WIDTH)).sum().backward()
 
 
 def main() -> None:
@@ -163,7 +150,11 @@ def main() -> None:
     names = [name for pair in PAIRS for name in pair[:2]] + [DENSE]
     times = record.interleaved({name: Step(name) for name in names}, args.rounds)
     rows: dict[str, dict[str, Any]] = {
-        name: {**record.summary(times[name]), "extra_memory_mib": memory(name, args.threads)} for name in names
+        name: {
+            **record.summary(times[name]),
+            "extra_memory_mib": memory.peak_mib(with_a_small_one, name, threads=args.threads),
+        }
+        for name in names
     }
     faster = {ours: record.ratio(times, theirs, ours) for ours, theirs, _ in PAIRS}
 

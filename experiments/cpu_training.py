@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from experiments import record
-from experiments.cpu_attention import learned_like
+from experiments.gpu_suite.layouts import learned_like
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.models import SequenceClassifier
@@ -32,7 +32,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens, labels = torch.randint(256, (args.batch_size, 1024)), torch.randint(10, (args.batch_size,))
     attentions = [module for module in model.modules() if isinstance(module, AdaptiveAttention)]
-    layouts = [learned_like(32, args.density, 1, 32) for _ in attentions]
+    layouts = [learned_like(32, args.density, 1, 32, "cpu", seed) for seed, _ in enumerate(attentions)]
     defaults = AdaptiveSparsity(density=args.density)
     controller = SparsityController(
         2, 2, (32, 32), 32, (1024, 1024), theta=1e9, density=args.density, mask_steps=defaults.interval

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -13,20 +15,43 @@ from typing import Any
 
 import torch
 
+from sat.files import written_whole
+
 RESULTS = Path(__file__).parent / "results"
+# Of the results: one that a reader does not know was written by another version of these experiments.
+FORMAT = 1
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions and commit."""
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Device, versions, commit and day.
+
+    Args:
+        device: "cpu" names the processor also where there is a GPU, which is named otherwise.
+    """
     cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     changes = _git("status", "--porcelain", "sat")
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu or platform.processor()}",
+        "device": torch.cuda.get_device_name() if on_gpu else f"{cpu or platform.processor()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if changes else ""),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """End with a sentence where a GPU was asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA GPU, and PyTorch finds none here; leave it out to measure on the CPU")
+
+
+def device_slug(device: str) -> str:
+    """The device in a file's name: "cpu", or the GPU's name."""
+    if device == "cpu":
+        return device
+    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
 
 
 def _git(*arguments: str) -> str:
@@ -63,8 +88,21 @@ def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
     return round(statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True)), 2)
 
 
-def save(name: str, command: str, figures: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write ``experiments/results/name.json``, or into another folder."""
+def save(
+    name: str, command: str, figures: Mapping[str, Any], folder: Path = RESULTS, *, device: str | None = None
+) -> Path:
+    """Write ``experiments/results/name.json``, or into another folder; whole or not at all.
+
+    Args:
+        name: of the file.
+        command: what makes it.
+        figures: what was measured.
+        folder: made if it is not there.
+        device: as for :func:`environment`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"command": command, **environment(), **figures}, indent=1) + "\n")
+    content = {"format": FORMAT, "command": command, **environment(device), **figures}
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,13 +66,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_slug(setting: Setting) -> str:
-    """The device's name for a file's name."""
-    if setting.smoke:
-        return "smoke"
-    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
-
-
 def shortened(table: str, length: int) -> str:
     """As many whole lines as fit, and how many more there are."""
     if len(table) <= length:
@@ -135,9 +127,9 @@ class Suite:
             figures["commit"] = self.commit
         records = self.records[section]
         counts = {status: sum(r["status"] == status for r in records) for status in ("ok", "failed", "not run")}
-        name = f"gpu_{device_slug(self.setting)}_{section}"
+        slug = "smoke" if self.setting.smoke else record.device_slug("cuda")
         figures |= {"section": section, "counts": counts, "cases": records}
-        record.save(name, self.command, figures, self.setting.out)
+        record.save(f"gpu_{slug}_{section}", self.command, figures, self.setting.out)
 
     def closing(self) -> str:
         """The tables, then what failed and what was not run, no longer than the end of a log that is kept."""
