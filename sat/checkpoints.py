@@ -29,10 +29,13 @@ STATES: dict[str, Any] = {
                     | {"observations": int, "score_matrix": torch.Tensor},
                     "verdict": {"met": bool, "streak": int, "missing": str},
                     "layout": torch.Tensor,
+                    "transition_step": int,
                     "choices": [torch.Tensor],
                     "agreement": float,
                 }
-            ]
+            ],
+            "revised_at": int,
+            "stays_dense": bool,
         },
         "guard": {"best_dense_loss": float, "worse": int},
         "revisions": [{"layer": int, "step": int, "swapped": float, "density": float}],

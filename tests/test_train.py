@@ -294,6 +294,29 @@ def test_a_nan_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tiny, monkey
     assert last.read_bytes() == good
 
 
+def test_a_checkpoint_with_a_damaged_state_is_refused_by_name(tiny, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, SWITCH + 1)
+        refused(capsys, "--config", tiny, status=130)
+    last = run_folder() / "checkpoints" / "last.ckpt"
+    for where, value in (
+        (("controller", "layers", 0, "transition_step"), {}),
+        (("controller", "revised_at"), "soon"),
+        (("controller", "stays_dense"), 3),
+        (("revisions",), [{"layer": 0, "step": -1}]),
+        (("guard", "worse"), "much"),
+    ):
+        state = torch.load(last, weights_only=True)
+        (name,) = (key for key in state["callbacks"] if key.startswith("AdaptiveSparsity"))
+        at = state["callbacks"][name]
+        for step in where[:-1]:
+            at = at[step]
+        at[where[-1]] = value
+        torch.save(state, "damaged.ckpt")
+        message = refused(capsys, "--config", tiny, "--ckpt_path", "damaged.ckpt")
+        assert "damaged.ckpt is not a whole checkpoint (the state of AdaptiveSparsity in it is none)" in message, where
+
+
 class TestConfigs:
     @pytest.mark.parametrize("path", sorted(runs.shipped_configs().glob("*.yaml")), ids=lambda p: p.stem)
     def test_every_shipped_config_is_valid_and_opens_with_its_command(self, path):

@@ -619,9 +619,8 @@ class SparsityController:
                 state["layout"] = layer.layout.mask.clone()
                 state["transition_step"] = layer.transition_step
             layers.append(state)
-        return {"structure": self._structure(), "layers": layers, "revised_at": self._revised_at} | (
-            {"stays_dense": True} if self.stays_dense else {}
-        )
+        state = {"structure": self._structure(), "layers": layers, "stays_dense": self.stays_dense}
+        return state | ({} if self._revised_at is None else {"revised_at": self._revised_at})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; from here on the decisions are those of the saved controller.

@@ -148,7 +148,8 @@ class SparsityPhases:
             raise ValueError(f"guard_patience must be at least 1 validation, got {guard_patience}")
         self.guard, self.guard_patience = guard, guard_patience
         self.interval, self.samples, self.lr_factor = interval, samples, lr_factor
-        self.theta, self.delta = (theta, delta) if agreement is None else (None, None)
+        self.theta = theta if agreement is None else None
+        self.delta = delta if agreement is None else None
         self.agreement = agreement
         self._make_controller: Callable[..., SparsityController] = partial(
             SparsityController,
