@@ -16,10 +16,8 @@ from sat.ops.autocast import without_autocast
 
 # Elements of a temporary that are computed at a time.
 CHUNK_ELEMENTS = 2**22
-# A block that holds all of a row but this share counts as all of it: otherwise rounding would decide.
-LEAST_REST = 1e-5
 # Of a missing key's weight, which then outweighs the kept ones by far, but not what float32 can hold.
-LARGEST_EXPONENT = 30.0
+LARGEST_EXPONENT = 80.0
 
 
 @torch.library.custom_op("sat::block_sensitivity", mutates_args=())
@@ -59,37 +57,51 @@ def block_sensitivity(
             positions = torch.arange(rows.start, rows.stop, device=query.device)
             future = torch.arange(key_length, device=query.device) > positions[:, None]
             scores.masked_fill_(future, -math.inf)
-        kept = kept_keys = None
+        kept = None
         if layout_mask is not None:
             kept = layout_mask[:, start // block_size : -(-rows.stop // block_size)]
             kept = kept.repeat_interleave(block_size, 1)[:, : scores.shape[2]]
-            kept_keys = kept.repeat_interleave(block_size, 2)[..., :key_length]
-        weights = _weights(scores, kept_keys)
-        gains = weights * (grad[:, :, rows].to(compute) @ values)
-        # The gradient times the attention's output, and how that differs from the output without or with a block.
-        output = (gains if kept_keys is None else gains * kept_keys).sum(3, keepdim=True)
+        weights, base = _weights(scores, kept, block_size)
+        gains = by_blocks(weights * (grad[:, :, rows].to(compute) @ values))
         shares = by_blocks(weights)
-        effects = by_blocks(gains) - shares * output
-        rest = 1 - shares if kept is None else torch.where(kept, 1 - shares, 1 + shares)
-        alone = rest < LEAST_REST
-        effects = torch.where(alone, output, effects / rest.masked_fill(alone, 1))
+        kept_gains, kept_shares = (gains, shares) if kept is None else (gains * kept, shares * kept)
+        # The gradient times the attention's output, and what it would be without each kept block: the mean over the
+        # others, from their own sums, since a difference of nearly equal numbers would be rounding.
+        output = kept_gains.sum(3, keepdim=True)
+        effects = output - _divided(_others(kept_gains), _others(kept_shares))
+        if kept is not None:
+            effects = torch.where(kept, effects, _divided(gains - shares * output, base + shares))
         effects = F.pad(effects, (0, 0, 0, -effects.shape[2] % block_size))
         parts.append(effects.unflatten(2, (-1, block_size)).sum(3).square().mean(0).float())
     return torch.cat(parts, 1)
 
 
-def _weights(scores: Tensor, kept: Tensor | None) -> Tensor:
-    """``exp(scores)`` over its sum over the kept keys; 0 where there is no key at all.
+def _weights(scores: Tensor, kept: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
+    """``exp(scores)`` over its sum over the kept keys, and what that sum has become: 1, or 0 where no key is kept.
 
-    The weights of missing keys may exceed 1. Where none is kept they are large: one block more is then all of the row.
+    The weights of missing keys may exceed 1. Where none is kept they are over the sum of all; without any key, 0.
     """
     norm = scores.logsumexp(3, keepdim=True)
+    base = torch.ones_like(norm)
     if kept is not None:
-        of_kept = scores.masked_fill(~kept, -math.inf).logsumexp(3, keepdim=True)
-        norm = torch.where(of_kept == -math.inf, norm - LARGEST_EXPONENT, of_kept)
+        keys = kept.repeat_interleave(block_size, 2)[..., : scores.shape[3]]
+        of_kept = scores.masked_fill(~keys, -math.inf).logsumexp(3, keepdim=True)
+        base.masked_fill_(of_kept == -math.inf, 0)
+        norm = torch.where(of_kept == -math.inf, norm, of_kept)
     nothing = norm == -math.inf
     weights = scores.sub_(norm.masked_fill(nothing, 0)).clamp_(max=LARGEST_EXPONENT).exp_()
-    return weights.masked_fill_(nothing, 0)
+    return weights.masked_fill_(nothing, 0), base
+
+
+def _others(x: Tensor) -> Tensor:
+    """The sum of all others along the last dimension: of those before and of those behind."""
+    before = F.pad(x, (1, -1)).cumsum(-1)
+    return before + F.pad(x.flip(-1), (1, -1)).cumsum(-1).flip(-1)
+
+
+def _divided(x: Tensor, by: Tensor) -> Tensor:
+    """``x / by``, and 0 where ``by`` is 0."""
+    return torch.where(by > 0, x / by.masked_fill(by == 0, 1), 0)
 
 
 @block_sensitivity.register_fake
