@@ -185,8 +185,8 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
         )
     if (pruned := was.get("pruned", "drop")) != getattr(model, "pruned", "drop"):
         raise ValueError(
-            f"{path} was trained with model.pruned={reprlib.repr(pruned)}, this run has another; go on with the one that "
-            f"it was started with"
+            f"{path} was trained with model.pruned={reprlib.repr(pruned)}, this run has another; go on with what it "
+            f"was started with"
         )
     _check_weights(path, module.state_dict(), checkpoint["state_dict"], "--ckpt_path")
 

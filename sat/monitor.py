@@ -74,7 +74,10 @@ class Monitor(Callback):
 
     @property
     def training_seconds(self) -> float:
-        """Wall time of the training so far: steps, validation and saving, over all interruptions; without the test."""
+        """Wall time of the training so far: steps, validation and saving, over all interruptions.
+
+        Without the test, and without what is measured at the switch, which other methods have not.
+        """
         return self._trained_before + (0.0 if self._began is None else time.perf_counter() - self._began)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,6 +118,8 @@ class Monitor(Callback):
             self.note_peak_memory("dense", pl_module)
             self._keep_attention(trainer)
             self._measure_switch(trainer, pl_module, [t.layer for t in new])
+            if self._began is not None:
+                self._began += time.perf_counter() - now
             self.console.print(transition_table(new))
             before, after = self.validation_accuracy["before"], self.validation_accuracy["after"]
             self.console.print(f"accuracy on validation data: {before:.3f} before the switch, {after:.3f} right after")

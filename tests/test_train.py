@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +110,22 @@ def test_the_saved_config_repeats_the_run(tiny):
         for folder in (run_folder(), run_folder("again"))
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_time_leaves_out_what_is_measured_at_the_switch(tiny, monkeypatch):
+    ahead = 0.0
+    original = train.Monitor._measure_switch
+
+    def slow(self, *args):
+        nonlocal ahead
+        ahead += 1000
+        original(self, *args)
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead, monotonic=time.monotonic)
+    monkeypatch.setattr("sat.monitor.time", clock)
+    monkeypatch.setattr(train.Monitor, "_measure_switch", slow)
+    assert 0 < run("--config", tiny)["training_seconds"] < 1000
+    assert ahead == 1000
 
 
 def test_dense_beside_adaptive(tiny):
@@ -403,14 +421,17 @@ class TestConfigs:
             data = train.DATASETS[options.pop("name")](**{**options, "path": "anywhere"})
             assert (data.num_classes, data.seq_len, data.batch_size) == (classes, length, batch)
             model, sparsity, trainer = args.model, args.sparsity, args.trainer
-            assert (model.num_layers, model.block_size, model.attention, model.pruned) == (layers, 32, "adaptive", "zero")
-            assert (model.width, model.num_heads, model.mlp_dim, model.head_dim, model.dropout) == (64, 2, 128, 128, 0.1)
+            assert (model.attention, model.num_layers, model.block_size) == ("adaptive", layers, 32)
+            assert (model.width, model.num_heads, model.mlp_dim, model.head_dim) == (64, 2, 128, 128)
+            assert (model.dropout, model.pruned) == (0.1, "zero")
             optimizer = args.optimizer
             assert (optimizer.lr, optimizer.warmup_steps, optimizer.weight_decay) == (lr, warmup, 0)
             assert (tuple(optimizer.betas), optimizer.eps, optimizer.layer_decay) == ((0.9, 0.999), 1e-6, 1)
             # One Gram mask of rank D = 64 / 2 a layer; int(32 * 32 * density) blocks and nothing else are kept.
-            assert (sparsity.mask, sparsity.mask_rank, sparsity.per_head, sparsity.share_budget) == ("gram", 32, False, False)
-            assert (sparsity.density, sparsity.coverage, sparsity.min_density, sparsity.max_density) == (density, None, 0, 1)
+            assert (sparsity.mask, sparsity.mask_rank) == ("gram", 32)
+            assert (sparsity.per_head, sparsity.share_budget) == (False, False)
+            assert (sparsity.density, sparsity.coverage) == (density, None)
+            assert (sparsity.min_density, sparsity.max_density) == (0, 1)
             assert (sparsity.keep_diagonal, sparsity.min_blocks_per_row, sparsity.keep_first_tokens) == (False, 0, 0)
             # All layers at once, the first step at which all are ready, on the whole batch, however long it takes.
             assert (sparsity.theta, sparsity.delta, sparsity.smoothing, sparsity.patience) == (theta, 1.3, 0, 1)
