@@ -146,11 +146,13 @@ def plot_accuracy(rows: Rows, path: Path) -> None:
             found = accuracies(runs)
             mean = statistics.mean(found)
             spread = statistics.stdev(found) if len(found) > 1 else 0.0
-            axes.plot([mean - spread, mean + spread], [line, line], color=KEPT, linewidth=1.4, solid_capstyle="butt")
-            axes.plot(found, [line] * len(found), "o", color=FAINT, markersize=3, alpha=0.6, markeredgewidth=0)
-            axes.plot(mean, line, "o", color=KEPT, markersize=6)
+            color = _color(runs)
+            axes.plot([mean - spread, mean + spread], [line, line], color=color, linewidth=1.4, solid_capstyle="butt")
+            axes.plot(mean, line, "o", color=color, markersize=6)
+            axes.plot(found, [line] * len(found), "o", color="white", markersize=2.6, markeredgecolor=INK, mew=0.5)
         _dress(axes, task, methods, "test accuracy")
-    heading(figure, "Accuracy by method", "points: mean over the seeds, lines: standard deviation, gray: each seed")
+    note = "blue: sparse, gray: dense; points and lines: mean and standard deviation over the seeds, the small rings"
+    heading(figure, "Accuracy by method", note)
     written(figure, path)
 
 
@@ -164,18 +166,21 @@ def plot_cost(rows: Rows, path: Path) -> None:
                 before, own = phases(runs, name)
                 height = 0.62 if before is None else 0.31
                 if own is not None:
-                    color = KEPT if runs[0]["density"] < 1 else FAINT
-                    axes_line = line if before is None else line + height / 2
-                    place[column].barh(axes_line, own, height, color=color)
+                    middle = line if before is None else line + height / 2
+                    place[column].barh(middle, own, height, color=_color(runs))
                 if before is not None:
                     place[column].barh(line - height / 2, before, height, color=RULE)
             _dress(place[column], task, methods, label)
         for line, runs in enumerate(methods.values()):
-            places[2][column].barh(line, seconds(runs), 0.62, color=KEPT if runs[0]["density"] < 1 else FAINT)
+            places[2][column].barh(line, seconds(runs), 0.62, color=_color(runs))
         _dress(places[2][column], task, methods, "whole training (s)")
     note = "blue: sparse, light gray: the dense phase before it, dark gray: dense throughout; medians over the seeds"
     heading(figure, "What a method costs", note)
     written(figure, path)
+
+
+def _color(runs: Sequence[Run]) -> str:
+    return KEPT if runs[0]["density"] < 1 else FAINT
 
 
 def _panels(rows: Rows, count: int) -> tuple[Drawing, list[list[Axes]]]:
