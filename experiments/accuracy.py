@@ -241,8 +241,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prepare", action="store_true", help="only read the data and fill the cache")
     parser.add_argument("--table", action="store_true", help="only show what has been measured")
     args = parser.parse_args(argv)
-    args.tasks = args.tasks or DEFAULT_TASKS[args.scale]
-    args.seeds = args.seeds or ([0, 1, 2] if args.scale == "small" else [0])
+    # Each once, however often it was named.
+    args.tasks = list(dict.fromkeys(args.tasks or DEFAULT_TASKS[args.scale]))
+    args.methods = list(dict.fromkeys(args.methods))
+    args.seeds = list(dict.fromkeys(args.seeds or ([0, 1, 2] if args.scale == "small" else [0])))
     console = Console()
     try:
         failures = _work(args, console)

@@ -83,6 +83,7 @@ SAT_PAPER: Settings = {
     "sparsity.keep_diagonal": False,
     "sparsity.min_blocks_per_row": 0,
     "sparsity.interval": 1,
+    "sparsity.revise_interval": None,
 }
 
 

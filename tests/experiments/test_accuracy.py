@@ -142,7 +142,8 @@ class TestRuns:
 
     def test_other_options_are_trained_and_never_counted_together(self, started, monkeypatch, capsys):
         monkeypatch.setattr(accuracy, "execute", _instead(0.5))
-        old = measure(*DIGITS, "--methods", "dense", "sat")
+        old = measure(*DIGITS, "--methods", "dense", "sat", "dense")
+        assert len(old) == 2
         monkeypatch.setattr(accuracy, "execute", _instead(0.75))
         monkeypatch.setitem(accuracy_settings.SAT, "sparsity.interval", 4)
         both = measure(*DIGITS, "--methods", "dense", "sat")
