@@ -218,7 +218,8 @@ def measure(
             }
         )
         command = f"python -m experiments.accuracy --scale {args.scale} --data FOLDER"
-        record.save(f"accuracy_{args.scale}", command, {"runs": runs}, args.out)
+        device = "cpu" if args.scale == "small" else None
+        record.save(f"accuracy_{args.scale}", command, {"runs": runs}, args.out, device=device)
         left = statistics.mean(took) * (len(missing) - index) / 60
         found = f"accuracy {summary['test_accuracy']['final']:.3f}, {took[-1]:.0f} s"
         console.print(f"{name}: {found}; about {left:.0f} min left", highlight=False)

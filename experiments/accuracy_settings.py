@@ -54,6 +54,7 @@ SMALL: Settings = {
     "optimizer.warmup_steps": 100,
     "sparsity.density": 0.1,
     "sparsity.theta": 1e9,  # the switch is at the same step for every rule
+    "sparsity.agreement": None,
     "sparsity.min_dense_steps": 0,
     "sparsity.lr_factor": 1.0,  # the cycle of the learning rate is short enough
     "trainer.limit_val_batches": 0,  # the final model is compared: no best one has to be found, and tested too
@@ -84,6 +85,7 @@ SAT_PAPER: Settings = {
     "sparsity.min_blocks_per_row": 0,
     "sparsity.interval": 1,
     "sparsity.revise_interval": None,
+    "sparsity.guard": None,
 }
 
 

@@ -437,7 +437,7 @@ class TestConfigs:
             assert (sparsity.theta, sparsity.delta, sparsity.smoothing, sparsity.patience) == (theta, 1.3, 0, 1)
             assert (sparsity.interval, sparsity.samples, sparsity.per_layer) == (1, batch, False)
             assert (sparsity.min_dense_steps, sparsity.max_dense_steps, sparsity.lr_factor) == (0, None, 0.5)
-            assert sparsity.revise_interval is None
+            assert sparsity.agreement is sparsity.revise_interval is sparsity.guard is None
             assert (trainer.max_steps, trainer.precision, trainer.accumulate_grad_batches) == (steps, "16-mixed", 1)
             assert (trainer.gradient_clip_val, trainer.gradient_clip_algorithm) == (1.0, "value")
 
