@@ -1,148 +1,283 @@
-"""Does it reach the accuracy: methods and rules for the blocks to keep, over tasks and seeds, all else equal.
+"""Does it reach the accuracy, and what does it cost: methods over tasks and seeds, all else equal.
 
-    python -m experiments.accuracy --data FOLDER             # with cifar10/, ag_news/ and yelp_reviews/ in it
-    python -m experiments.accuracy --tasks digits            # embedded in scikit-learn, nothing to download
-    python -m experiments.accuracy --table                   # what has been measured so far
+    python -m experiments.accuracy --data FOLDER                     # small: an hour or so on one CPU core
+    python -m experiments.accuracy --tasks digits                    # embedded in scikit-learn, nothing to download
+    python -m experiments.accuracy --scale paper --tasks cifar10 --data FOLDER --minutes 9.5          # on a GPU
+    python -m experiments.accuracy --scale paper --steps 10000 ...   # as long as the paper trained
+    python -m experiments.accuracy --table                           # what has been measured so far
 
-Small models on sequences of 256 tokens, on one CPU thread: 1,000 steps of 32, dense for the first 100, then a tenth of
-the blocks (of 8 tokens, 32 x 32 of them). Each run is kept in the results as it ends; the command given again goes on
-with those that are missing. Writes experiments/results/accuracy_small.json.
+FOLDER holds a folder for each task: cifar10, inaturalist, ag_news, yelp_reviews; without --data, all but inaturalist
+come from the Hugging Face hub. Each run is kept in the results as it ends. The command given again leaves out what is
+there, trains what is missing, and goes on in the middle of a run that was cut off. Runs with other settings, or on
+other data, are never counted together.
+
+small: sequences of 256 tokens, 1,000 steps of 32 on one CPU thread, about a minute a run; dense for the first 100,
+then a tenth of the blocks (of 8 tokens, 32 x 32 of them). paper: configs/*_paper.yaml with fewer steps, see
+docs/paper.md.
+Writes accuracy_SCALE.json, and figures of accuracy and cost in plots/ beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
-from rich.table import Table
 
-from experiments import record
-
-STEPS, SWITCH, DENSITY = 1000, 100, 0.1
-NAME = "accuracy_small"
-
-# Task: the config, the folder in --data, and what makes it small.
-TASKS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
-    "digits": ("quickstart.yaml", None, {"data.image_size": 16}),
-    "cifar10": ("cifar10.yaml", "cifar10", {"data.image_size": 16}),
-    "ag_news": ("ag_news.yaml", "ag_news", {"data.seq_len": 256}),
-    "yelp": ("yelp.yaml", "yelp_reviews", {"data.seq_len": 256}),
-}
-COMMON = {
-    "data.batch_size": 32,
-    "data.eval_batch_size": 100,
-    "model.num_layers": 2,
-    "model.width": 64,
-    "model.num_heads": 2,
-    "model.mlp_dim": 128,
-    "model.block_size": 8,
-    "model.dropout": 0.0,
-    "optimizer.lr": 2e-3,
-    "optimizer.warmup_steps": 100,
-    "sparsity.density": DENSITY,
-    "sparsity.interval": 5,
-    "sparsity.samples": 32,
-    "sparsity.theta": 1e9,  # the switch is at the same step for every rule
-    "sparsity.min_dense_steps": 0,
-    "sparsity.max_dense_steps": SWITCH,
-    "sparsity.lr_factor": 1.0,
-    "trainer.max_steps": STEPS,
-    "trainer.val_check_interval": STEPS,
-    "trainer.limit_val_batches": 10,
-}
-SPARSE = {"model.attention": "adaptive", "sparsity.keep_diagonal": True, "sparsity.min_blocks_per_row": 1}
-# An odd window of 3 blocks is 94 of the 1,024 blocks; BigBird has a window of 1, one random block and one global.
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"model.attention": "dense"},
-    "window": {
-        "model.attention": "structure",
-        "model.attention_options.mode": "local",
-        "model.attention_options.num_sliding_window_blocks": 3,
-        "model.attention_options.attention": "bidirectional",
-    },
-    "bigbird": {
-        "model.attention": "structure",
-        "model.attention_options.mode": "bigbird",
-        "model.attention_options.num_sliding_window_blocks": 1,
-        "model.attention_options.num_random_blocks": 1,
-    },
-    "gram (paper)": {
-        "model.attention": "adaptive",
-        "sparsity.mask": "gram",
-        "sparsity.per_head": False,
-        "sparsity.keep_diagonal": False,
-        "sparsity.min_blocks_per_row": 0,
-    },
-    "mass": {**SPARSE, "sparsity.mask": "direct", "sparsity.per_head": False},
-    "mass, per head": {**SPARSE, "sparsity.mask": "direct", "sparsity.per_head": True},
-    "fisher": {**SPARSE, "sparsity.mask": "fisher", "sparsity.per_head": False},
-    "fisher, per head": {**SPARSE, "sparsity.mask": "fisher", "sparsity.per_head": True},
-    "fisher, shared budget": {
-        **SPARSE, "sparsity.mask": "fisher", "sparsity.per_head": True, "sparsity.share_budget": True,
-    },
-}  # fmt: skip
+from experiments import accuracy_show, record
+from experiments.accuracy_settings import (
+    DEFAULT_METHODS,
+    DEFAULT_TASKS,
+    METHODS,
+    SMALL_STEPS,
+    TASKS,
+    Settings,
+    density,
+    overrides,
+    read_structures,
+    settings,
+)
+from sat.data import DATASETS
 
 
-def train(task: str, method: str, seed: int, data: Path | None) -> dict[str, Any]:
-    """The summary of one run, in a process of its own."""
-    config, folder, small = TASKS[task]
-    options = {**COMMON, **small, **METHODS[method]}
-    if folder is not None and data is not None:
-        options["data.path"] = data / folder
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "sat.train", "--config", config, "--output_dir", out, "--seed", str(seed)]
-        command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-        (summary,) = Path(out).glob("*/*/summary.json")
-        return json.loads(summary.read_text())
+class Data(NamedTuple):
+    """What is known of a task's data once they have been prepared."""
+
+    path: Path | None
+    samples: dict[str, int]
+    seq_len: int
 
 
-def show(runs: list[dict[str, Any]]) -> None:
-    """Test accuracy of the final model: mean over the seeds, and how many there are."""
-    tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
-    table = Table(title=f"test accuracy after {STEPS} steps, the last {STEPS - SWITCH} at density {DENSITY}")
-    table.add_column("method")
-    for task in tasks:
-        table.add_column(task, justify="right")
-    for method in METHODS:
-        cells = []
-        for task in tasks:
-            own = [r["summary"]["test_accuracy"]["final"] for r in runs if (r["task"], r["method"]) == (task, method)]
-            cells.append(f"{statistics.mean(own):.3f} ({len(own)})" if own else "")
-        if any(cells):
-            table.add_row(method, *cells)
-    Console().print(table)
+def prepare(task: str, options: Settings, folder: Path | None) -> Data:
+    """Read the data and fill the cache, so that no run that is timed has to.
+
+    Raises:
+        ValueError, OSError: there are no such data; a sentence.
+    """
+    own = TASKS[task].folder
+    path = folder / own if folder is not None and own is not None else None
+    if path is not None and not path.is_dir():
+        raise FileNotFoundError(f"no data for the task {task}: there is no folder {path}; correct --data or --tasks")
+    section = {name.removeprefix("data."): value for name, value in options.items() if name.startswith("data.")}
+    arguments = section if path is None else {**section, "path": str(path)}
+    data = DATASETS[arguments.pop("name")](**arguments)
+    data.prepare_data()
+    data.setup("fit")
+    loaders: dict[str, Any] = {
+        "train": data.train_dataloader(),
+        "validation": data.val_dataloader(),
+        "test": data.test_dataloader(),
+    }
+    return Data(path, {name: len(loader.dataset) for name, loader in loaders.items()}, data.seq_len)
 
 
-def main() -> None:
+class Run(NamedTuple):
+    """One training."""
+
+    task: str
+    method: str
+    seed: int
+    own: Settings  # what it has otherwise than its config
+    options: Settings
+    density: float | None  # None: that will be learned
+    path: Path | None
+
+    def is_like(self, done: dict[str, Any]) -> bool:
+        return all(done[name] == getattr(self, name) for name in ("task", "method", "seed", "options"))
+
+    def command(self, folder: Path) -> list[str]:
+        """Of the training, which goes on where it was cut off before."""
+        arguments = ["--config", TASKS[self.task].config, "--output_dir", str(folder), "--name", "run"]
+        arguments += ["--seed", str(self.seed), *([] if self.path is None else ["--data.path", str(self.path)])]
+        for name, value in self.own.items():
+            arguments += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+        if any(folder.glob("run/*/checkpoints")):
+            arguments += ["--ckpt_path", "last"]
+        return [sys.executable, "-m", "sat.train", *arguments]
+
+
+def execute(command: list[str], log: Path, environment: dict[str, str]) -> int:
+    """The exit status of another program, whose output goes to the log."""
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+        )
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to the training too, which saves what it has
+            process.wait()
+            raise
+
+
+def train(run: Run, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """The summary of one run, in a process of its own: memory is then its own, too.
+
+    Raises:
+        RuntimeError: it failed, with its last line and the place of its log.
+        KeyboardInterrupt: it was interrupted.
+    """
+    digest = hashlib.sha256(json.dumps(run.options, sort_keys=True).encode()).hexdigest()[:8]
+    place = folder / f"{run.task}-{run.method}-{run.seed}-{digest}"
+    place.mkdir(parents=True, exist_ok=True)
+    log = place / "log.txt"
+    status = execute(run.command(place), log, environment)
+    if status in (130, 143, -2, -15):  # by Ctrl-C or SIGTERM
+        raise KeyboardInterrupt
+    if status:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        raise RuntimeError(f"{run.task}, {run.method}, seed {run.seed} failed: {last} ({log})")
+    summary: dict[str, Any] = json.loads(next(place.glob("run/*/summary.json")).read_text())
+    shutil.rmtree(place)
+    return summary
+
+
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """What has been measured so far.
+
+    Raises:
+        ValueError: the file is none of ours.
+    """
+    if not file.is_file():
+        return []
+    try:
+        runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
+        if not all({"task", "method", "seed", "density", "options", "summary"} <= run.keys() for run in runs):
+            raise ValueError("a run lacks its options")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} holds no results of this experiment ({error}); give another --out") from error
+    return runs
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """The runs that are asked for, their data prepared and their settings checked.
+
+    Raises:
+        ValueError, OSError: something is not what it should be; a sentence.
+    """
+    structures = read_structures(args.structure)
+    methods = [*args.methods, *structures]
+    runs = []
+    for task in args.tasks:
+        steps = args.steps or (SMALL_STEPS if args.scale == "small" else TASKS[task].steps)
+        if steps is None:
+            raise ValueError(f"the task {task} is there for --scale small only; choose others with --tasks")
+        own = {method: overrides(args.scale, task, method, steps, structures) for method in methods}
+        data = prepare(task, settings(task, own[methods[0]], {}), args.data)
+        for method in methods:
+            options = settings(task, own[method], data.samples)
+            share = density(options, data.seq_len)
+            runs += [Run(task, method, seed, own[method], options, share, data.path) for seed in args.seeds]
+    # Seed by seed, so that a run of the experiment that is cut short has something of everything.
+    return sorted(runs, key=lambda run: args.seeds.index(run.seed))
+
+
+def measure(
+    wanted: list[Run], runs: list[dict[str, Any]], args: argparse.Namespace, begun: float, console: Console
+) -> list[str]:
+    """Train what is missing; each run is saved with the others as it ends. Gives a sentence for each that failed."""
+    missing = [run for run in wanted if not any(run.is_like(done) for done in runs)]
+    console.print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done before", highlight=False)
+    environment = {"OMP_NUM_THREADS": "1"} if args.scale == "small" else {}
+    failures: list[str] = []
+    took: list[float] = []
+    for index, run in enumerate(missing, 1):
+        minutes = (time.monotonic() - begun) / 60
+        if args.minutes is not None and minutes >= args.minutes:
+            rest = len(missing) - index + 1
+            console.print(f"{args.minutes:g} minutes are over; the same command trains the {rest} that are left")
+            break
+        name = f"{index}/{len(missing)}: {run.task}, {run.method}, seed {run.seed}"
+        start = time.monotonic()
+        try:
+            summary = train(run, args.out / "runs" / f"accuracy_{args.scale}", environment)
+        except RuntimeError as error:
+            failures.append(str(error))
+            console.print(str(error), highlight=False, soft_wrap=True)
+            continue
+        took.append(time.monotonic() - start)
+        runs.append(
+            {
+                "task": run.task,
+                "method": run.method,
+                "seed": run.seed,
+                # A layout that was never learned has all blocks.
+                "density": run.density or summary["density"] or 1.0,
+                "commit": record.environment()["commit"],
+                "options": run.options,
+                "summary": summary,
+            }
+        )
+        command = f"python -m experiments.accuracy --scale {args.scale} --data FOLDER"
+        device = "cpu" if args.scale == "small" else None
+        record.save(f"accuracy_{args.scale}", command, {"runs": runs}, args.out, device=device)
+        left = statistics.mean(took) * (len(missing) - index) / 60
+        found = f"accuracy {summary['test_accuracy']['final']:.3f}, {took[-1]:.0f} s"
+        console.print(f"{name}: {found}; about {left:.0f} min left", highlight=False)
+    return failures
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with the data sets; from the hub when not given")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--scale", choices=list(DEFAULT_TASKS), default="small")
+    parser.add_argument("--data", type=Path, help="folder with a folder for each task; from the hub when not given")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="all but one: digits small, inaturalist paper")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS)
+    parser.add_argument(
+        "--structure", type=Path, nargs="+", default=[], metavar="FILE.json", help="more methods, in DeepSpeed's words"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="0 1 2 when small, 0 at the paper's scale")
+    parser.add_argument("--steps", type=int, help=f"of each run; {SMALL_STEPS} when small, else by task")
+    parser.add_argument("--minutes", type=float, help="begin no run when so many are over")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder for results and figures")
+    parser.add_argument("--prepare", action="store_true", help="only read the data and fill the cache")
     parser.add_argument("--table", action="store_true", help="only show what has been measured")
-    args = parser.parse_args()
-    out = record.RESULTS / f"{NAME}.json"
-    runs: list[dict[str, Any]] = json.loads(out.read_text())["runs"] if out.is_file() else []
+    args = parser.parse_args(argv)
+    # Each once, however often it was named.
+    args.tasks = list(dict.fromkeys(args.tasks or DEFAULT_TASKS[args.scale]))
+    args.methods = list(dict.fromkeys(args.methods))
+    args.seeds = list(dict.fromkeys(args.seeds or ([0, 1, 2] if args.scale == "small" else [0])))
     console = Console()
-    wanted = [(seed, task, method) for seed in args.seeds for task in args.tasks for method in args.methods]
-    missing = [key for key in wanted if not any((r["seed"], r["task"], r["method"]) == key for r in runs)]
-    for index, (seed, task, method) in enumerate([] if args.table else missing):
-        console.print(f"{index + 1}/{len(missing)}: {task}, {method}, seed {seed}", highlight=False)
-        summary = train(task, method, seed, args.data)
-        runs.append({"task": task, "method": method, "seed": seed, "summary": summary})
-        record.save(NAME, "python -m experiments.accuracy --data FOLDER", {"options": COMMON, "runs": runs})
+    try:
+        failures = _work(args, console)
+    except KeyboardInterrupt:
+        raise SystemExit("experiments.accuracy: interrupted; the same command goes on from here") from None
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"experiments.accuracy: {' '.join(str(error).split())}") from error
+    if failures:
+        raise SystemExit(f"experiments.accuracy: {len(failures)} of the runs failed; the same command tries them again")
+
+
+def _work(args: argparse.Namespace, console: Console) -> list[str]:
+    if args.steps is not None and args.steps < 10:
+        raise ValueError(f"--steps must be at least 10, got {args.steps}; a tenth of them are dense")
+    if min(args.seeds) < 0:
+        raise ValueError(f"--seeds must be at least 0, got {min(args.seeds)}")
+    file = args.out / f"accuracy_{args.scale}.json"
+    begun, runs, failures = time.monotonic(), read_runs(file), []
+    if not args.table:
+        if args.scale == "paper" and not args.prepare and not torch.cuda.is_available():
+            raise ValueError("--scale paper takes days without a GPU, and none is seen here; use --scale small")
+        wanted = plan(args)
+        if args.prepare:
+            console.print(f"prepared: {', '.join(args.tasks)}")
+            return []
+        failures = measure(wanted, runs, args, begun, console)
     if not runs:
-        raise SystemExit(f"nothing has been measured yet; run python -m experiments.accuracy without --table ({out})")
-    show(runs)
+        raise ValueError(f"nothing has been measured yet ({file}); run it without --table")
+    if args.steps is not None:
+        runs = [run for run in runs if run["options"]["trainer.max_steps"] == args.steps]
+    accuracy_show.show(runs, [*METHODS], args.out / "plots", f"accuracy_{args.scale}", console)
+    return failures
 
 
 if __name__ == "__main__":

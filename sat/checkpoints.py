@@ -44,7 +44,13 @@ STATES: dict[str, Any] = {
             | dict.fromkeys(("density", "captured_mass", "best_mass", "skewness", "relative_change"), float)
         ],
     },
-    "Monitor": {"step_times": {str: [float]}, "validation_accuracy": {str: float}, "validated_at": int},
+    "Monitor": {
+        "step_times": {str: [float]},
+        "validation_accuracy": {str: float},
+        "validated_at": int,
+        "training_seconds": float,
+        "peak_memory": {str: float},
+    },
 }
 
 
@@ -176,6 +182,11 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
         raise ValueError(
             f"{path} was trained with other fixed blocks than this run has; go on with the model.block_size, the files "
             f"and the seed that it was started with"
+        )
+    if (pruned := was.get("pruned", "drop")) != getattr(model, "pruned", "drop"):
+        raise ValueError(
+            f"{path} was trained with model.pruned={reprlib.repr(pruned)}, this run has another; go on with what it "
+            f"was started with"
         )
     _check_weights(path, module.state_dict(), checkpoint["state_dict"], "--ckpt_path")
 

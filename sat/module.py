@@ -199,6 +199,7 @@ class ClassificationModule(LightningModule):
                 "name": name,
                 "options": self.model.attention_options,
                 "fixed_layouts": fingerprint(self.model),
+                "pruned": getattr(self.model, "pruned", "drop"),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

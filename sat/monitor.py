@@ -51,6 +51,8 @@ class Monitor(Callback):
         self.validated_at = 0
         self.peak_memory: dict[str, float] = {}
         self.trained = False  # whether a step has been done in this process
+        self._trained_before = 0.0  # seconds, in processes that this one goes on from, or before it ended
+        self._began: float | None = None
         self._last: float | None = None
         self._seen = 0
 
@@ -70,9 +72,17 @@ class Monitor(Callback):
         times = self.step_times.get(phase)
         return 1e3 * median(times) if times else None
 
+    @property
+    def training_seconds(self) -> float:
+        """Wall time of the training so far: steps, validation and saving, over all interruptions.
+
+        Without the test, and without what is measured at the switch, which other methods have not.
+        """
+        return self._trained_before + (0.0 if self._began is None else time.perf_counter() - self._began)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._last = None
+        """Start the clocks."""
+        self._began, self._last = time.perf_counter(), None
         self._seen = len(self.sparsity.transitions) if self.sparsity else 0
         self._revised = len(self.sparsity.revisions) if self.sparsity else 0
         if pl_module.device.type == "cuda":
@@ -108,6 +118,8 @@ class Monitor(Callback):
             self.note_peak_memory("dense", pl_module)
             self._keep_attention(trainer)
             self._measure_switch(trainer, pl_module, [t.layer for t in new])
+            if self._began is not None:
+                self._began += time.perf_counter() - now
             self.console.print(transition_table(new))
             before, after = self.validation_accuracy["before"], self.validation_accuracy["after"]
             self.console.print(f"accuracy on validation data: {before:.3f} before the switch, {after:.3f} right after")
@@ -118,19 +130,20 @@ class Monitor(Callback):
             self._show_revisions(trainer, revisions)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the memory of the last phase."""
+        """Read the memory of the last phase, and stop the clock."""
         self.note_peak_memory(self.phase, pl_module)
+        self._trained_before, self._began = self.training_seconds, None
 
     def note_peak_memory(self, phase: str, pl_module: LightningModule) -> None:
         """Peak memory in MiB: on a GPU of this phase alone, on a CPU of the whole process so far."""
         if pl_module.device.type == "cuda":
-            self.peak_memory[phase] = torch.cuda.max_memory_allocated() / 2**20
+            peak = torch.cuda.max_memory_allocated() / 2**20
             torch.cuda.reset_peak_memory_stats()
         else:
             # Linux counts in KiB, macOS in bytes.
-            self.peak_memory["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-                2**20 if sys.platform == "darwin" else 2**10
-            )
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            phase, peak = "process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        self.peak_memory[phase] = max(peak, self.peak_memory.get(phase, 0.0))  # also that of a run it goes on from
 
     def _keep_attention(self, trainer: Trainer) -> None:
         """What the layers attended to when they switched: files for sat.report, images beside them in TensorBoard."""
@@ -198,6 +211,8 @@ class Monitor(Callback):
             "step_times": self.step_times,
             "validation_accuracy": self.validation_accuracy,
             "validated_at": self.validated_at,
+            "training_seconds": self.training_seconds,
+            "peak_memory": dict(self.peak_memory),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -205,6 +220,8 @@ class Monitor(Callback):
         self.step_times = {phase: list(times) for phase, times in state_dict["step_times"].items()}
         self.validation_accuracy = dict(state_dict["validation_accuracy"])
         self.validated_at = state_dict["validated_at"]
+        self._trained_before = state_dict.get("training_seconds", 0.0)  # the first files do not say
+        self.peak_memory = dict(state_dict.get("peak_memory", {}))
 
 
 def transition_table(transitions: list[Any]) -> Table:

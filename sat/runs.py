@@ -255,6 +255,7 @@ def summarize(
         "validated_at": monitor.validated_at,
         "median_step_ms": {phase: round(time, 2) for phase, time in times.items()},
         "peak_memory_mib": {key: round(value) for key, value in monitor.peak_memory.items()},
+        "training_seconds": round(monitor.training_seconds, 1),
     }
     if isinstance(model, PretrainedClassifier):
         summary["pretrained"] = model.pretrained

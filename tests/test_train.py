@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +72,9 @@ def test_a_whole_run_leaves_everything_in_its_folder(tiny, capsys):
     assert set(summary["median_step_ms"]) == {"dense", "sparse"}
     assert summary["peak_memory_mib"]["process"] > 100
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    monitor = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("Monitor"))
+    steps = sum(sum(times) for times in monitor["step_times"].values())
+    assert steps <= monitor["training_seconds"] == pytest.approx(summary["training_seconds"], abs=0.051)
     for layer in range(2):
         layout = BlockLayout.load(folder / "layouts" / f"layer{layer}.safetensors")
         assert layout.nnz == int(8 * 8 * 0.3)
@@ -105,6 +110,22 @@ def test_the_saved_config_repeats_the_run(tiny):
         for folder in (run_folder(), run_folder("again"))
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_time_leaves_out_what_is_measured_at_the_switch(tiny, monkeypatch):
+    ahead = 0.0
+    original = train.Monitor._measure_switch
+
+    def slow(self, *args):
+        nonlocal ahead
+        ahead += 1000
+        original(self, *args)
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead, monotonic=time.monotonic)
+    monkeypatch.setattr("sat.monitor.time", clock)
+    monkeypatch.setattr(train.Monitor, "_measure_switch", slow)
+    assert 0 < run("--config", tiny)["training_seconds"] < 1000
+    assert ahead == 1000
 
 
 def test_dense_beside_adaptive(tiny):
@@ -167,7 +188,15 @@ def test_resuming_keeps_the_metrics_of_the_first_part(tiny, monkeypatch, capsys)
         interrupt_at(patch, 6)
         refused(capsys, "--config", tiny, status=130)
     first = (run_folder() / "csv/version_0/metrics.csv").read_text()
-    run("--config", tiny, "--ckpt_path", "last")
+    last = run_folder() / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    monitor = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("Monitor"))
+    assert monitor["training_seconds"] > 0
+    monitor |= {"training_seconds": 1000.0, "peak_memory": {"process": 1e6}}  # as if it had been a long part
+    torch.save(checkpoint, last)
+    summary = run("--config", tiny, "--ckpt_path", "last")
+    assert 1000 < summary["training_seconds"] < 1100
+    assert summary["peak_memory_mib"]["process"] == 1_000_000
     assert (run_folder() / "csv/version_0/metrics.csv").read_text() == first
     assert (run_folder() / "csv/version_1/metrics.csv").is_file()
 
@@ -199,6 +228,23 @@ def test_layers_that_switched_keep_their_numbers(tmp_path):
     assert [p.name for p in (tmp_path / "layouts").iterdir()] == ["layer1.safetensors"]
 
 
+def test_pruned_scores_count_as_the_model_was_told():
+    found = {}
+    for pruned in ("drop", "zero"):
+        torch.manual_seed(0)
+        model = SequenceClassifier(20, 32, 3, num_layers=1, block_size=8, pruned=pruned).eval()
+        layer = model.encoder.layers[0]
+        layer.query_key_value.weight.data[:128] = 0  # queries and keys: all scores are 0
+        layer.query_key_value.bias.data[:128] = 0
+        layer.attention.set_layout(BlockLayout(torch.eye(4, dtype=torch.bool), 8))
+        layer.attention.register_forward_hook(lambda module, given, context: found.update({module.pruned: context}))
+        model(torch.arange(20)[None].expand(2, -1)[:, :16].repeat(1, 2))
+    # 8 of 32 keys are kept; where the others count, each has a weight of 1/32 instead of 1/8.
+    torch.testing.assert_close(4 * found["zero"], found["drop"])
+    with pytest.raises(ValueError, match="pruned must be one of drop, zero, got 'nothing'"):
+        SequenceClassifier(20, 32, 3, pruned="nothing")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("attention", ["adaptive", "dense"])
 def test_a_run_goes_on_only_as_it_began(tiny, monkeypatch, capsys, attention):
     other = "dense" if attention == "adaptive" else "adaptive"
@@ -212,6 +258,7 @@ def test_a_run_goes_on_only_as_it_began(tiny, monkeypatch, capsys, attention):
     assert "learning-rate cycle has 20 steps, this run 30" in longer
     if attention == "adaptive":
         assert "per_head" in refused(capsys, *resume, attention, "--sparsity.per_head", "true")
+        assert "with model.pruned='drop'" in refused(capsys, *resume, attention, "--model.pruned", "zero")
     assert all(p.read_bytes() == content for p, content in files.items())
 
 
@@ -326,7 +373,7 @@ class TestConfigs:
         assert arguments.model.attention == "adaptive"
         options = arguments.data.as_dict()
         data_set = train.DATASETS[options.pop("name")]
-        if path.stem == "inaturalist":  # it has no home on the hub: the user names a folder
+        if data_set.__name__ == "INaturalist":  # it has no home on the hub: the user names a folder
             options["path"] = str(path.parent)
         train.AdaptiveSparsity(**arguments.sparsity.as_dict())
         if data_set.inputs != "ids":
@@ -358,6 +405,41 @@ class TestConfigs:
             assert (args.model.width, args.model.num_heads, args.model.mlp_dim, args.model.dropout) == (64, 2, 128, 0.1)
             assert (args.sparsity.delta, args.sparsity.lr_factor, args.optimizer.eps) == (1.3, 0.5, 1e-6)
             assert (args.trainer.gradient_clip_val, args.trainer.gradient_clip_algorithm) == (1.0, "value")
+
+    def test_the_settings_as_published(self):
+        """The hyperparameters of Yoon et al. 2024, written out; configs/*_paper.yaml are to stay what was published."""
+        table = {
+            # classes, L, layers, density, batch, lr, warm-up, steps, theta
+            "cifar10_paper": (10, 1024, 2, 0.05, 256, 2e-3, 175, 10_000, 1.7),
+            "inaturalist_paper": (14, 1024, 2, 0.04, 512, 3e-3, 800, 10_000, 1.7),
+            "ag_news_paper": (4, 1024, 4, 0.08, 512, 9e-4, 80, 30_000, 1.7),
+            "yelp_paper": (2, 1024, 4, 0.05, 512, 7e-4, 80, 30_000, 1.3),
+        }
+        for name, (classes, length, layers, density, batch, lr, warmup, steps, theta) in table.items():
+            args, _ = train.parse(["--config", name])
+            options = args.data.as_dict()
+            data = train.DATASETS[options.pop("name")](**{**options, "path": "anywhere"})
+            assert (data.num_classes, data.seq_len, data.batch_size) == (classes, length, batch)
+            model, sparsity, trainer = args.model, args.sparsity, args.trainer
+            assert (model.attention, model.num_layers, model.block_size) == ("adaptive", layers, 32)
+            assert (model.width, model.num_heads, model.mlp_dim, model.head_dim) == (64, 2, 128, 128)
+            assert (model.dropout, model.pruned) == (0.1, "zero")
+            optimizer = args.optimizer
+            assert (optimizer.lr, optimizer.warmup_steps, optimizer.weight_decay) == (lr, warmup, 0)
+            assert (tuple(optimizer.betas), optimizer.eps, optimizer.layer_decay) == ((0.9, 0.999), 1e-6, 1)
+            # One Gram mask of rank D = 64 / 2 a layer; int(32 * 32 * density) blocks and nothing else are kept.
+            assert (sparsity.mask, sparsity.mask_rank) == ("gram", 32)
+            assert (sparsity.per_head, sparsity.share_budget) == (False, False)
+            assert (sparsity.density, sparsity.coverage) == (density, None)
+            assert (sparsity.min_density, sparsity.max_density) == (0, 1)
+            assert (sparsity.keep_diagonal, sparsity.min_blocks_per_row, sparsity.keep_first_tokens) == (False, 0, 0)
+            # All layers at once, the first step at which all are ready, on the whole batch, however long it takes.
+            assert (sparsity.theta, sparsity.delta, sparsity.smoothing, sparsity.patience) == (theta, 1.3, 0, 1)
+            assert (sparsity.interval, sparsity.samples, sparsity.per_layer) == (1, batch, False)
+            assert (sparsity.min_dense_steps, sparsity.max_dense_steps, sparsity.lr_factor) == (0, None, 0.5)
+            assert sparsity.agreement is sparsity.revise_interval is sparsity.guard is None
+            assert (trainer.max_steps, trainer.precision, trainer.accumulate_grad_batches) == (steps, "16-mixed", 1)
+            assert (trainer.gradient_clip_val, trainer.gradient_clip_algorithm) == (1.0, "value")
 
     def test_two_machines_see_the_samples_of_one_process(self):
         one, many = (train.parse(["--config", name])[0] for name in ("cifar10", "cifar10_ddp"))

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sat import ops
 from sat.attention import AdaptiveAttention
 from sat.baselines import LongformerAttention, LSGAttention, make_baseline
 from sat.models.dropout import Dropout
@@ -72,12 +73,13 @@ class Encoder(nn.Module):
         block_size: int,
         attention: AttentionName = "adaptive",
         attention_options: Mapping[str, Any] | None = None,
+        pruned: ops.Pruned = "drop",
     ) -> None:
         super().__init__()
         attentions: list[nn.Module] = []
         for layer in range(num_layers):
             if attention in ("adaptive", "spion", "dense"):
-                attentions.append(AdaptiveAttention(num_heads, seq_len, block_size))
+                attentions.append(AdaptiveAttention(num_heads, seq_len, block_size, pruned=pruned))
             else:
                 attentions.append(
                     make_baseline(
@@ -134,6 +136,8 @@ class SequenceClassifier(nn.Module):
             structure and flex: mode and more as in DeepSpeed's sparse_attention section, or deepspeed (a JSON file), or
             layout (a saved layout); spion: quantile, change, interval.
         block_size: edge of the layouts' blocks, in tokens.
+        pruned: of ``adaptive`` and ``spion``: ``drop`` leaves scores outside of the layout out of the softmax, ``zero``
+            counts each of them as a logit of 0, as the paper's kernels do.
 
     Raises:
         ValueError: an argument is out of range, or ``width`` is no multiple of ``num_heads``.
@@ -154,6 +158,7 @@ class SequenceClassifier(nn.Module):
         attention: AttentionName = "adaptive",
         attention_options: AttentionOptions | None = None,
         block_size: int = 32,
+        pruned: ops.Pruned = "drop",
     ) -> None:
         super().__init__()
         sizes = {
@@ -175,11 +180,13 @@ class SequenceClassifier(nn.Module):
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if attention not in get_args(AttentionName):
             raise ValueError(f"attention must be one of {', '.join(get_args(AttentionName))}, got {attention!r}")
+        if pruned not in get_args(ops.Pruned):
+            raise ValueError(f"pruned must be one of {', '.join(get_args(ops.Pruned))}, got {pruned!r}")
         if attention_options and attention in ("adaptive", "dense"):
             raise ValueError(
                 f"model.attention_options has {', '.join(attention_options)}, but {attention} attention has no options"
             )
-        self.attention, self.attention_options = attention, dict(attention_options or {})
+        self.attention, self.attention_options, self.pruned = attention, dict(attention_options or {}), pruned
         self.encoder = Encoder(
             vocab_size,
             seq_len,
@@ -191,6 +198,7 @@ class SequenceClassifier(nn.Module):
             attention=attention,
             attention_options=attention_options,
             block_size=block_size,
+            pruned=pruned,
         )
         self.head = nn.Sequential(nn.Linear(width, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
 
