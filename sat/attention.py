@@ -162,7 +162,10 @@ class AdaptiveAttention(nn.Module):
                 pruned=self.pruned,
                 backend=self.backend,
             )
-            return self.watch(context, query, key, value, key_padding_mask, scale)
+            watched = self.watch(context, query, key, value, key_padding_mask, scale)
+            if watched is not context and query_padding_mask is not None:  # no block matters to them
+                watched = watched.masked_fill(~query_padding_mask[:, None, :, None], 0)
+            return watched
         if key_padding_mask is None:
             context = F.scaled_dot_product_attention(
                 query, key, value, dropout_p=dropout, is_causal=self.is_causal, scale=scale

@@ -49,7 +49,7 @@ class AdaptiveSparsity(SparsityPhases, Callback):
         self.detach_optimizers()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Ask the dense layers for statistics, at every ``interval``-th optimizer step."""
+        """Ask the layers for what is to be observed, at every ``interval``-th optimizer step."""
         accumulated = trainer.accumulate_grad_batches
         alone = trainer.world_size * accumulated == 1  # then nobody asks how many sequences a batch of any kind has
         self.before_batch(1 if alone else extract_batch_size(batch), batch_idx % accumulated == 0)
@@ -69,9 +69,11 @@ class AdaptiveSparsity(SparsityPhases, Callback):
         Raises:
             ValueError: there is a ``guard``, but no such loss was logged.
         """
-        if self.guard is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         names = [name for name in VALIDATION_LOSS if name in trainer.callback_metrics]
+        if not names and self.guard is None:
+            return
         if not names:
             raise ValueError(
                 f"guard={self.guard} needs the validation loss, logged as {' or '.join(VALIDATION_LOSS)}; "

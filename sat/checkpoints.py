@@ -35,10 +35,10 @@ STATES: dict[str, Any] = {
                 }
             ],
             "revised_at": int,
-            "stays_dense": bool,
+            "gave_up_at": int,
         },
-        "guard": {"best_dense_loss": float, "worse": int},
-        "revisions": [{"layer": int, "step": int, "swapped": float, "density": float}],
+        "guard": {"best_dense_loss": float, "worse": int, "latest_loss": float},
+        "revisions": [{"layer": int, "step": int, "new_blocks": float, "density": float}],
         "transitions": [
             {"layout": torch.Tensor, "layer": int, "step": int, "empty_rows": int, "forced": bool, "missing": str}
             | dict.fromkeys(("density", "captured_mass", "best_mass", "skewness", "relative_change"), float)
@@ -129,6 +129,8 @@ def _check_state(checkpoint: dict[str, Any]) -> None:
                 continue
             if not _fits(state, pattern):
                 raise ValueError(f"the state of {name} in it is none")
+            if any(len(each) < 4 for each in state.get("revisions", [])):
+                raise ValueError(f"the revisions of {name} in it are not whole")
             if state.get("history"):  # of which a picture is drawn, layer by layer
                 count, drawn = len(state["controller"]["layers"]), {"skewness", "relative_change"}
                 found = [record["layers"] for record in state["history"] if "step" in record]

@@ -28,7 +28,7 @@ MODEL_LAYOUTS = "sat_layouts.safetensors"
 MODEL_FORMAT, MODEL_FORMAT_VERSION = "sat.transformers", 1
 # Numbers of a transition that are shown.
 TRANSITION = ("step", "captured_mass", "best_mass", "empty_rows", "skewness", "relative_change")
-# Of these, what is no longer so once blocks have been swapped.
+# Of these, what is no longer so once layouts have been changed.
 OF_THE_CHOICE = ("captured_mass", "best_mass", "empty_rows")
 
 
@@ -43,7 +43,7 @@ class Layer:
         transition: numbers of its switch by name, see :class:`sat.sparsity.Transition`; those that are not known or not
             finite are left out.
         forced: why it was switched though its criterion was not met; empty if it was.
-        revised: steps after which blocks were swapped.
+        revised: steps after which its layout was changed.
         unread: whether it has a layout that could not be read.
     """
 

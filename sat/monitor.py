@@ -61,11 +61,12 @@ class Monitor(Callback):
         """``dense``, ``sparse``, or how many layers are sparse; the attention's name where no layouts are learned."""
         if self.sparsity is None:
             return self.attention
-        if self.sparsity.controller is None or len(self.sparsity.transitions) == 0:
+        if self.sparsity.controller is None:
             return "dense"
-        if self.sparsity.all_sparse:
-            return "sparse"
-        return f"{len(self.sparsity.transitions)} of {len(self.sparsity.attentions)} layers sparse"
+        count, dense = len(self.sparsity.attentions), len(self.sparsity.controller.dense_layers)
+        if dense == count:
+            return "dense"
+        return "sparse" if dense == 0 else f"{count - dense} of {count} layers sparse"
 
     def median_step_ms(self, phase: str) -> float | None:
         """Median time of an optimizer step in a phase, in milliseconds."""
@@ -162,8 +163,9 @@ class Monitor(Callback):
 
     def _show_revisions(self, trainer: Trainer, revisions: list[Revision]) -> None:
         """A line in the terminal, images of the new layouts in TensorBoard."""
-        shares = ", ".join(f"{r.swapped:.1%} of layer {r.layer}" for r in revisions)
-        self.console.print(f"layouts revised at step {revisions[0].step}: {shares} swapped")
+        for step in sorted({r.step for r in revisions}):
+            shares = ", ".join(f"{r.new_blocks:.1%} of layer {r.layer}" for r in revisions if r.step == step)
+            self.console.print(f"layouts changed at step {step}: new are {shares}")
         assert self.sparsity is not None
         if trainer.is_global_zero:
             attentions = list(self.sparsity.attentions.values())

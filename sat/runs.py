@@ -269,7 +269,9 @@ def summarize(
         ]
         if sparsity.revisions:
             summary["revisions"] = [r._asdict() for r in sparsity.revisions]
-        if not sparsity.all_sparse:
+        if sparsity.controller.gave_up_at is not None:
+            summary["gave_up"] = sparsity.controller.gave_up_at
+        elif not sparsity.all_sparse:
             summary["not_switched"] = {
                 str(layer): sparsity.controller.missing[layer] for layer in sparsity.controller.dense_layers
             }

@@ -100,7 +100,10 @@ def _in_short(found: Findings) -> str:
     revised = sorted({step for layer in found.layers for step in layer.revised})
     if revised:
         often = "once" if len(revised) == 1 else f"{len(revised)} times"
-        sentence += f" Blocks were swapped {often} after that, last at step {revised[-1]:,}."
+        sentence += f" Layouts were changed {often} after that, last at step {revised[-1]:,}."
+    gave_up = found.summary.get("gave_up")
+    if isinstance(gave_up, int):
+        sentence += f" At step {gave_up:,} it went back to dense attention, because the validation loss stayed worse."
     return sentence.strip()
 
 

@@ -153,6 +153,17 @@ def test_the_gate_of_a_sparse_layer_knows_of_missing_blocks(length, padded, comp
     assert attention.observed_samples == 2
 
 
+def test_no_block_matters_to_padded_queries():
+    attention = AdaptiveAttention(2, 40, 8)
+    attention.set_layout(oracle.random_layout(2, 5, 5, 8))
+    attention.observe_samples, attention.block_gate = 2, torch.zeros(2, 5, 5, requires_grad=True)
+    real = torch.arange(40) < torch.tensor([[16], [9], [40]])
+    attention(*qkv(40), key_padding_mask=real, query_padding_mask=real).square().sum().backward()
+    assert not attention.block_gate.grad[:, 2:].any()
+    assert attention.block_gate.grad[:, 0, :2].any()
+    assert not attention.block_gate.grad[:, :, 2:].any()  # whose keys are padding
+
+
 def test_a_bias_cannot_be_watched():
     attention = AdaptiveAttention(2, 40, 16)
     attention.set_layout(oracle.random_layout(2, 3, 3, 16))

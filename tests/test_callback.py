@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -195,7 +196,7 @@ def test_revisions_find_the_blocks_that_the_task_needs(tmp_path, accumulate):
     options = {"callbacks": [sparsity, Misled()], "max_steps": 12, "accumulate_grad_batches": accumulate}
     fit(tmp_path, None, module, **options)
     assert sparsity.revisions[0].step == 7
-    assert sparsity.revisions[0].swapped == 0.5
+    assert sparsity.revisions[0].new_blocks == 0.5
     assert not (module.kept[3 * accumulate] & needed).any()
     assert (module.kept[-1] & needed).sum() == 8
     assert module.kept[-1].sum() == 16
@@ -251,6 +252,29 @@ def test_the_guard_adds_blocks_and_goes_back_to_dense(tmp_path, caplog, mask):
     again.attach("a model", dict(sparsity.attentions))
     again.load_state_dict(sparsity.state_dict())
     assert not any(again.controller.watches(layer) for layer in range(2))
+
+
+def test_what_is_saved_after_a_validation_is_what_was_validated(tmp_path):
+    sparsity = always(guard=0.1, guard_patience=1, density=0.1, min_blocks_per_row=0, keep_diagonal=False)
+    module = Validated([1.0, *[2.0] * 5])
+    module.val_dataloader = data
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, monitor="val/loss")
+    options = {"callbacks": [sparsity, keep], "enable_checkpointing": True, "limit_val_batches": 1}
+    fit(tmp_path, sparsity, module, max_steps=24, val_check_interval=4, **options)
+    saved = [torch.load(tmp_path / f"step={step}.ckpt", weights_only=True) for step in range(4, 25, 4)]
+    masks = [state["state_dict"]["first.layout_mask"].float().mean().item() for state in saved]
+    assert masks == module.seen == [1.0, 1 / 16, 2 / 16, 4 / 16, 1.0, 1.0]
+    assert sparsity.controller.gave_up_at == 16
+
+
+def test_a_guard_without_a_dense_validation_says_that_it_does_nothing(tmp_path, caplog):
+    sparsity = always(guard=0.1, density=0.1)
+    module = Validated([9.0, math.nan])
+    module.val_dataloader = data
+    fit(tmp_path, sparsity, module, max_steps=16, val_check_interval=8, limit_val_batches=1)
+    assert "guard=0.1 does nothing: there was no validation in the dense phase" in caplog.text
+    assert sparsity.revisions == []
+    assert sparsity.all_sparse
 
 
 def test_without_a_guard_nothing_happens_at_whatever_cost(tmp_path):

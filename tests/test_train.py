@@ -349,7 +349,7 @@ def test_a_checkpoint_with_a_damaged_state_is_refused_by_name(tiny, monkeypatch,
     for where, value in (
         (("controller", "layers", 0, "transition_step"), {}),
         (("controller", "revised_at"), "soon"),
-        (("controller", "stays_dense"), 3),
+        (("controller", "gave_up_at"), -3),
         (("revisions",), [{"layer": 0, "step": -1}]),
         (("guard", "worse"), "much"),
     ):

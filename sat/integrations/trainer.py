@@ -67,7 +67,7 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask the dense layers for statistics, at every ``interval``-th step."""
+        """Ask the layers for what is to be observed, at every ``interval``-th step."""
         self.before_batch(args.train_batch_size)
 
     def on_substep_end(
@@ -102,9 +102,14 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Guard the sparse phase by the loss on evaluation data."""
-        loss = (kwargs.get("metrics") or {}).get("eval_loss")
-        if self.guard is not None and self.controller is not None and loss is not None:
-            self.after_validation(float(loss))
+        metrics = kwargs.get("metrics") or {}
+        if "eval_loss" in metrics:
+            self.after_validation(float(metrics["eval_loss"]))
+        elif self.guard is not None:
+            raise ValueError(
+                f"guard={self.guard} needs eval_loss, but the evaluation gives {', '.join(metrics) or 'nothing'}; use "
+                f"one eval_dataset, with labels"
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the state in the Trainer's checkpoint; the layouts lie there already, beside the weights."""

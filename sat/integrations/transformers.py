@@ -403,14 +403,15 @@ def _sparse_attention(
         )
     if (position_bias := kwargs.get("position_bias")) is not None:
         bias = position_bias if bias is None else position_bias + bias
-    elif state.block_gate is not None:  # which knows of padding, but of no bias
+    queries = padding
+    if position_bias is None and state.block_gate is not None:  # which knows of padding, but of no bias
         padding, bias = _as_padding(padding, bias, query)
     context = state(
         query,
         _repeated(key, query),
         _repeated(value, query),
         key_padding_mask=padding,
-        query_padding_mask=padding,
+        query_padding_mask=queries,
         attn_bias=bias,
         scale=scaling,
         dropout_p=dropout,

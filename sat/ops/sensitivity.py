@@ -71,6 +71,7 @@ def block_sensitivity(
         effects = output - _divided(_others(kept_gains), _others(kept_shares))
         if kept is not None:
             effects = torch.where(kept, effects, _divided(gains - shares * output, base + shares))
+        effects.masked_fill_(shares == 0, 0)  # padding, the future: no rounding in the place of nothing
         effects = F.pad(effects, (0, 0, 0, -effects.shape[2] % block_size))
         parts.append(effects.unflatten(2, (-1, block_size)).sum(3).square().mean(0).float())
     return torch.cat(parts, 1)

@@ -17,8 +17,8 @@ from torch import Tensor
 from sat.layout import BlockLayout
 from sat.sparsity.criterion import Criterion, Verdict
 from sat.sparsity.masks import FisherMask, MaskLearner, MaskName, make_mask
+from sat.sparsity.selection import add_blocks, check_selection, revise_blocks, select_blocks
 from sat.sparsity.selection import agreement as agreement_of
-from sat.sparsity.selection import check_selection, revise_blocks, select_blocks
 from sat.sparsity.spion import spion_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass
 
@@ -69,13 +69,13 @@ class Revision(NamedTuple):
     Attributes:
         layer: its index; what it keeps from now on is in the controller's ``layouts``.
         step: optimizer steps done.
-        swapped: share of its blocks that it did not keep before, 0 to 1.
+        new_blocks: share of its blocks that it did not keep before, 0 to 1.
         density: kept blocks over all blocks, 0 to 1; with ``share_budget`` layers gain or lose some.
     """
 
     layer: int
     step: int
-    swapped: float
+    new_blocks: float
     density: float
 
 
@@ -137,8 +137,8 @@ class SparsityController:
             as columns; 0 in the paper.
         causal: only blocks of the lower triangle.
         share_budget: count the budget over all layers and heads together instead of for each layout.
-        revise_interval: in the sparse phase, swap blocks at the first observation that is so many steps after the
-            switch or the revision before; see :func:`revise_blocks`. None: layouts stay as they are. Needs
+        revise_interval: once all layers are sparse, swap blocks at the first observation that is so many steps after
+            the switch or the revision before; see :func:`revise_blocks`. None: layouts stay as they are. Needs
             ``mask="fisher"``.
         revise_share: at most this share of the kept blocks is swapped at a time.
         keep_scores: keep what the masks have learned after the switch, so that :meth:`add_blocks` can be called.
@@ -197,7 +197,7 @@ class SparsityController:
         self.revise_interval, self.revise_share = revise_interval, revise_share
         self.keep_scores = keep_scores or revise_interval is not None
         self._revised_at: int | None = None
-        self.stays_dense = False  # after the sparse phase has been given up
+        self.gave_up_at: int | None = None  # the step at which training went back to dense attention, for good
         self._check_settings()
         if mask == "spion":
             self._check_spion(density, coverage, per_head)
@@ -309,7 +309,7 @@ class SparsityController:
 
     def watches(self, layer: int) -> bool:
         """Whether the next observation needs this layer: for :meth:`observe`, or once all are sparse :meth:`revise`."""
-        if self.stays_dense:
+        if self.gave_up_at is not None:
             return False
         return self.phase(layer) == "dense" or (self.revise_interval is not None and self.all_sparse)
 
@@ -446,27 +446,29 @@ class SparsityController:
         return self._change(step, lambda kept, scores: revise_blocks(kept, scores, **settings))
 
     def add_blocks(self, step: int) -> list[Revision]:
-        """Keep twice as many blocks, the new ones by what the masks have learned.
+        """Keep twice as many blocks, the new ones by what the masks have learned, as long as that is less than half.
 
         Args:
             step: optimizer steps already done.
 
         Returns:
-            The layers whose layouts change now; none where nothing has been learned (``mask="spion"``).
+            The layers whose layouts change now; none where it would be half of all blocks (that causality allows) or
+            more, or where nothing has been learned.
         """
-        selection = {**self._selection, "coverage": None, "min_density": 0.0, "max_density": 1.0}
+        kept = sum(layer.layout.nnz / layer.layout.num_heads for layer in self._layers if layer.layout is not None)
+        allowed = torch.ones(self.grid).tril() if self._selection["causal"] else torch.ones(self.grid)
+        if 2 * kept >= self.num_layers * allowed.sum().item() / 2:
+            return []
+        settings = {name: self._selection[name] for name in ("causal", "share_budget")}
+        return self._change(step, lambda kept, scores: add_blocks(kept, scores, **settings))
 
-        def more(kept: Tensor, scores: Tensor) -> Tensor:
-            selection["density"] = min(1.0, 2 * kept.sum().item() / kept.numel())
-            if selection["causal"]:
-                selection["density"] = min(1.0, 2 * kept.sum().item() / kept.new_ones(kept.shape).tril().sum().item())
-            return select_blocks(scores.masked_fill(kept, torch.inf), **selection)
+    def give_up(self, step: int) -> None:
+        """Go back to dense attention in every layer, for good.
 
-        return self._change(step, more)
-
-    def give_up(self) -> None:
-        """Go back to dense attention in every layer, for good."""
-        self.stays_dense = True
+        Args:
+            step: optimizer steps already done.
+        """
+        self.gave_up_at = step
         for layer in self._layers:
             layer.layout = layer.transition_step = None
 
@@ -489,8 +491,8 @@ class SparsityController:
             if torch.equal(old, new):
                 continue
             self._layers[index].layout = layout = BlockLayout(new.clone(), self.block_size)
-            swapped = int((new & ~old).sum()) / max(layout.nnz, 1)
-            revisions.append(Revision(index, step, swapped, layout.density))
+            new_blocks = int((new & ~old).sum()) / max(layout.nnz, 1)
+            revisions.append(Revision(index, step, new_blocks, layout.density))
         return revisions
 
     def _fit_fisher(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> None:
@@ -619,8 +621,9 @@ class SparsityController:
                 state["layout"] = layer.layout.mask.clone()
                 state["transition_step"] = layer.transition_step
             layers.append(state)
-        state = {"structure": self._structure(), "layers": layers, "stays_dense": self.stays_dense}
-        return state | ({} if self._revised_at is None else {"revised_at": self._revised_at})
+        steps = {"revised_at": self._revised_at, "gave_up_at": self.gave_up_at}
+        happened = {name: step for name, step in steps.items() if step is not None}
+        return {"structure": self._structure(), "layers": layers, **happened}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; from here on the decisions are those of the saved controller.
@@ -637,7 +640,7 @@ class SparsityController:
                     f"the saved sparsity state has {name} = {saved}, this controller {here}; load it with the "
                     f"settings it was saved with"
                 )
-        self._revised_at, self.stays_dense = state.get("revised_at"), state.get("stays_dense", False)
+        self._revised_at, self.gave_up_at = state.get("revised_at"), state.get("gave_up_at")
         for layer, saved in zip(self._layers, state["layers"], strict=True):
             layer.history.load_state_dict(saved["history"])
             layer.verdict = Verdict(**saved["verdict"])
@@ -650,10 +653,12 @@ class SparsityController:
                 layer.layout = BlockLayout(saved["layout"].to("cpu", copy=True), self.block_size)
             if layer.layout is not None and not self.keep_scores:
                 continue
-            if (learner := self._learner(torch.Generator("cpu"))) is not None:
-                if layer.layout is None or "learner" in saved:  # or else revisions are wanted only from now on
-                    learner.load_state_dict(saved["learner"])
-                layer.learner = learner
+            learner = self._learner(torch.Generator("cpu"))
+            if learner is not None and (layer.layout is None or "learner" in saved):
+                learner.load_state_dict(saved["learner"])
+            elif not isinstance(learner, FisherMask):
+                learner = None  # it is wanted only from now on, and what it would learn from is over
+            layer.learner = learner
 
 
 def _or_nan(value: float | None) -> float:

@@ -85,10 +85,7 @@ class Criterion:
             agreement: of the blocks that would be chosen now with those chosen ``agreement_lag`` observations ago,
                 0 to 1; None before there are so many.
         """
-        if self.agreement is None:
-            missing = self._missing_thresholds(history)
-        else:
-            missing = self._missing_agreement(history, agreement)
+        missing = self._missing_thresholds(history) if self.agreement is None else self._missing_agreement(agreement)
         if missing:
             return Verdict(False, 0, "; ".join(missing))
         streak += 1
@@ -96,12 +93,10 @@ class Criterion:
             return Verdict(False, streak, f"thresholds kept for {streak} of {self.patience} observations in a row")
         return Verdict(True, streak, "")
 
-    def _missing_agreement(self, history: LayerHistory, agreement: float | None) -> list[str]:
+    def _missing_agreement(self, agreement: float | None) -> list[str]:
         assert self.agreement is not None
         if agreement is None:
-            return [
-                f"the agreement is known after {self.agreement_lag + 1} observations, so far {history.observations}"
-            ]
+            return [f"the agreement is known once blocks have been chosen {self.agreement_lag + 1} times"]
         if agreement < self.agreement:
             return [f"agreement {_apart(agreement, self.agreement)} < {self.agreement:.2f}"]
         return []

@@ -89,12 +89,13 @@ class SparsityPhases:
         samples: sequences that an observation looks at: the first of the whole batch of an optimizer step, which is
             made of the batches of all processes, in the order of their ranks, once for each batch of an accumulation.
         lr_factor: factor of the learning rate once every layer is sparse (the paper halves it).
-        revise_interval: optimizer steps between revisions of the layouts in the sparse phase, in which the weakest kept
-            blocks make place for missing ones that the loss depends on more; null: layouts stay. Needs mask fisher.
+        revise_interval: optimizer steps between revisions of the layouts once all layers are sparse, rounded up to
+            whole intervals: the weakest kept blocks make place for missing ones that the loss depends on more; null:
+            layouts stay. Needs mask fisher.
         revise_share: of the kept blocks, at most this share is swapped at a time, above 0 to 1.
         guard: when the validation loss stays this much above the best of the dense phase (in nats for cross entropy),
-            twice as many blocks are kept, and where that would be half of all or more, training goes on densely; null:
-            whatever it costs.
+            from overfitting too, twice as many blocks are kept, and where that would be half of all or more, training
+            goes on densely at the learning rate of the schedule; null: never.
         guard_patience: validations in a row.
         seed: of the masks' initial values.
 
@@ -189,7 +190,7 @@ class SparsityPhases:
         self.revisions: list[Revision] = []
         self.history: list[dict[str, Any]] = []
         self.pooled: dict[int, PooledAttention] = {}  # of the layers that switched with the latest batch
-        self._best_dense_loss, self._worse = math.inf, 0
+        self._best_dense_loss, self._latest_loss, self._worse = math.inf, math.nan, 0
         self._steps = 0  # optimizer steps; trainer.global_step counts those of every optimizer
         self._rank, self._world_size = 0, 1
         self._passed = 0  # sequences of the whole batch that earlier batches of the accumulation had, in all processes
@@ -223,7 +224,7 @@ class SparsityPhases:
         if self.controller is not None and [*map(id, attentions.values())] == [*map(id, self.attentions.values())]:
             return
         self.attentions, self._steps = dict(attentions), 0
-        self._best_dense_loss, self._worse = math.inf, 0
+        self._best_dense_loss, self._latest_loss, self._worse = math.inf, math.nan, 0
         self.transitions, self.revisions, self.history = [], [], []
         if not self.attentions:
             raise ValueError(
@@ -307,6 +308,8 @@ class SparsityPhases:
         """
         assert self.controller is not None
         self.pooled = {}
+        if begins_step and self.guard is not None and self._worse >= self.guard_patience:
+            self._act_as_guard()
         if begins_step:
             self._passed, self._observed = 0, {}
         wanted = 0
@@ -379,36 +382,50 @@ class SparsityPhases:
         }
 
     def after_validation(self, loss: float) -> None:
-        """Compare the sparse phase with the dense one, and act if it has been worse by ``guard`` for too long.
+        """Compare the sparse phase with the dense one; the next step begins with what follows from it.
+
+        Not at once: what is saved now, as the best model perhaps, is to compute what has been validated.
 
         Args:
             loss: of the validation data, the same in all processes.
         """
-        if self.guard is None or self.controller is None or self.controller.stays_dense:
+        if self.controller is None or self.controller.gave_up_at is not None:
             return
         if not self.all_sparse:
             if loss < self._best_dense_loss and not self.layouts:
                 self._best_dense_loss = loss
             return
+        if self.guard is None:
+            return
+        if self._best_dense_loss == math.inf:
+            if self._rank == 0:
+                logger.warning(
+                    "guard=%g does nothing: there was no validation in the dense phase to compare with; validate more "
+                    "often, or raise min_dense_steps", self.guard,
+                )  # fmt: skip
+            return
         # A loss of NaN is not within the margin either.
         self._worse = 0 if loss <= self._best_dense_loss + self.guard else self._worse + 1
-        if self._worse < self.guard_patience:
-            return
+        self._latest_loss = loss
+
+    def _act_as_guard(self) -> None:
+        """The sparse phase has been worse than the dense one for too long: keep more blocks, or all of them."""
+        assert self.controller is not None
         self._worse = 0
-        density = sum(layout.density for layout in self.layouts.values()) / len(self.layouts)
-        revisions = self.controller.add_blocks(self._steps) if density < 0.25 else []
+        revisions = self.controller.add_blocks(self._steps)
         self._take_over(revisions)
         if revisions:
-            action = f"keeps twice as many blocks from now on, {2 * density:.3f} of all"
+            density = sum(layout.density for layout in self.layouts.values()) / len(self.layouts)
+            action = f"keeps twice as many blocks from now on, {density:.3f} of all"
         else:
-            self.controller.give_up()
+            self.controller.give_up(self._steps)
             for attention in self.attentions.values():
                 attention.set_layout(None)
             action = "goes on densely"
         if self._rank == 0:
             logger.warning(
                 "step %d: the validation loss, %.4f, stays more than %g above the best of the dense phase, %.4f; "
-                "training %s", self._steps, loss, self.guard, self._best_dense_loss, action,
+                "training %s", self._steps, self._latest_loss, self.guard, self._best_dense_loss, action,
             )  # fmt: skip
 
     def _take_over(self, revisions: list[Revision]) -> None:
@@ -424,7 +441,7 @@ class SparsityPhases:
         assert self.controller is not None
         revisions = self.controller.revise(step, sensitivities)
         self._take_over(revisions)
-        return {f"layer{revision.layer}/swapped": revision.swapped for revision in revisions} or None
+        return {f"layer{revision.layer}/new_blocks": revision.new_blocks for revision in revisions} or None
 
     def _pooled(self, pooled: Tensor) -> PooledAttention:
         assert self.controller is not None
@@ -441,7 +458,11 @@ class SparsityPhases:
             "revisions": [r._asdict() for r in self.revisions],
             "history": self.history,
             "steps": self._steps,
-            "guard": {"best_dense_loss": self._best_dense_loss, "worse": self._worse},
+            "guard": {
+                "best_dense_loss": self._best_dense_loss,
+                "worse": self._worse,
+                "latest_loss": self._latest_loss,
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -468,6 +489,7 @@ class SparsityPhases:
         self._steps = state_dict["steps"]
         guard = state_dict.get("guard", {})
         self._best_dense_loss, self._worse = guard.get("best_dense_loss", math.inf), guard.get("worse", 0)
+        self._latest_loss = guard.get("latest_loss", math.nan)
 
 
 def _left_by(attention: Attention) -> dict[str, Tensor]:

@@ -151,6 +151,27 @@ def revise_blocks(
     return revised.view(num_layouts, rows, columns)
 
 
+def add_blocks(kept: Tensor, scores: Tensor, *, causal: bool = False, share_budget: bool = False) -> Tensor:
+    """Keep twice as many blocks: all that were kept, and as many of the others, by their scores.
+
+    Args:
+        kept: bool ``[G, M, N]``, the layouts in use.
+        scores: ``[G, M, N]``, larger = more important. Ties go to the lower index.
+        causal: only blocks of the lower triangle are taken in.
+        share_budget: count over all layouts together instead of for each.
+
+    Returns:
+        bool ``[G, M, N]``, on the device of the scores; all blocks where there are not twice as many.
+    """
+    kept = kept.to(scores.device)
+    forbidden = kept if not causal else kept | ~torch.ones_like(kept).tril()
+    budgets = 1 if share_budget else len(scores)
+    by_score = scores.masked_fill(forbidden, -torch.inf).view(budgets, -1).argsort(descending=True, stable=True)
+    wanted = torch.arange(by_score.shape[1], device=scores.device) < kept.view(budgets, -1).sum(1, keepdim=True)
+    chosen = torch.zeros_like(wanted).scatter_(1, by_score, wanted).view_as(kept)
+    return kept | (chosen & ~forbidden)
+
+
 def agreement(now: Tensor, before: Tensor, *, keep_diagonal: bool, keep_first: int = 0, causal: bool = False) -> float:
     """Of the blocks that are chosen now, the share that were chosen before, too.
 

@@ -92,7 +92,7 @@ def test_processes_reach_what_one_reaches(folder, processes, options):
     assert all(other.out == "" and other.error == "" for other in others)
     assert json.loads((run_folder(folder) / "summary.json").read_text())["processes"] == processes
     assert [p.name for p in (run_folder(folder) / "csv").iterdir()] == ["version_0"]
-    assert first.out.count("layouts revised at step") == (2 if FISHER[1] in options else 0)
+    assert first.out.count("layouts changed at step") == (2 if FISHER[1] in options else 0)
 
 
 def test_a_job_that_is_killed_in_every_phase_goes_on(folder):

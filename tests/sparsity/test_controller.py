@@ -145,8 +145,8 @@ def test_revisions_swap_blocks_when_it_is_time():
     for index, revision in enumerate(revisions):
         expected = revise_blocks(before[index], total[index], share=0.5, **BARE)
         assert torch.equal(made.layouts[index].mask, expected)
-        assert revision.swapped == pytest.approx((expected & ~before[index]).sum().item() / 8)
-        assert revision.swapped > 0
+        assert revision.new_blocks == pytest.approx((expected & ~before[index]).sum().item() / 8)
+        assert revision.new_blocks > 0
         assert revision.density == 0.25
     assert made.revise(6, dict(enumerate(scores))) == []
     assert made.transition_steps == [1, 1]
@@ -235,7 +235,7 @@ def test_the_agreement_is_that_of_two_choices_some_observations_apart():
         value = made.latest[0]["agreement"]
         if step <= 2:
             assert math.isnan(value)
-            assert made.missing[0] == f"the agreement is known after 3 observations, so far {step}"
+            assert made.missing[0] == "the agreement is known once blocks have been chosen 3 times"
         elif not found:
             assert value == (chosen[-1] & chosen[-3]).sum().item() / 4
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sat.sparsity import revise_blocks, select_blocks
+from sat.sparsity.selection import add_blocks
 
 BARE = {"keep_diagonal": False, "min_blocks_per_row": 0}
 
@@ -307,6 +308,23 @@ def test_revision_equals_one_swap_after_the_other(seed, size, layouts, share, di
                 expected[old], expected[new] = False, True
     assert torch.equal(found, expected)
     assert found.sum() == kept.sum()
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 7), causal=st.booleans(), shared=st.booleans())
+def test_twice_as_many_are_all_that_were_and_the_best_others(seed, size, causal, shared):
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(3, size, size, generator=generator) < torch.rand(3, 1, 1, generator=generator)
+    kept = kept.tril() if causal else kept
+    scores = torch.randint(0, 9, kept.shape, generator=generator).float()
+    found = add_blocks(kept, scores, causal=causal, share_budget=shared)
+    expected = kept.clone()
+    for group in [range(3)] if shared else [[0], [1], [2]]:
+        others = [(-scores[g, i, j].item(), (g, i, j)) for g in group for i, j in (~kept[g]).nonzero().tolist()]
+        others = sorted(each for each in others if not causal or each[1][2] <= each[1][1])
+        for _, block in others[: int(kept[list(group)].sum())]:
+            expected[block] = True
+    assert torch.equal(found, expected)
 
 
 def test_revisions_that_cannot_be():
