@@ -493,25 +493,28 @@ def main() -> None:
             said = worker.stderr.read().strip()
         return f"{key[0]}, seed {key[1]}: {said.splitlines()[-1] if said else ''}" if worker.returncode else ""
 
+    stopped = threading.Event()
+
     def stop() -> None:
+        stopped.set()
         for worker in workers:
             worker.terminate()
 
-    stopped = threading.Event()
-    timer = threading.Timer(60 * (args.minutes or 1e6), lambda: (stopped.set(), stop()))
+    timer = threading.Timer(60 * (args.minutes or 1e6), stop)
     timer.daemon = True
     timer.start()
     try:
         with ThreadPoolExecutor(args.jobs) as threads:
             wanted = [] if args.table else [(key, rules) for key, rules in groups.items() if rules]
-            failed = [x for x in threads.map(lambda pair: "" if stopped.is_set() else group(*pair), wanted) if x]
+            found = list(threads.map(lambda pair: "" if stopped.is_set() else group(*pair), wanted))
+        failed = [] if stopped.is_set() else [each for each in found if each]
     finally:
         timer.cancel()
         stop()
     chosen = [run for run in runs if run["settings"] == settings]
     if chosen:
         show(chosen, console)
-    if failed and not stopped.is_set():
+    if failed:
         raise SystemExit("\n".join(failed))
     if not chosen:
         raise SystemExit(f"nothing has been measured with these settings yet; leave --table out ({out})")
