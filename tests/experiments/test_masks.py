@@ -1,0 +1,154 @@
+"""The study of rules for the blocks: what they choose, and what they go by."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from experiments import masks
+from sat.attention import AdaptiveAttention
+from sat.layout import BlockLayout
+
+ROOT = Path(__file__).parents[2]
+SHAPE = (masks.LAYERS, masks.HEADS, masks.SIDE, masks.SIDE)
+DENSITY = 0.1
+COUNT = int(masks.SIDE**2 * DENSITY)
+
+
+@pytest.fixture
+def seen():
+    generator = torch.Generator().manual_seed(0)
+    made = masks.Observations()
+    names = ("mass", "largest", "energy", "signed", "absolute", "sensitivity")
+    made.sums = {name: torch.rand(SHAPE, generator=generator, dtype=torch.float64) for name in names}
+    made.sums["signed"] -= 0.5
+    made.weight = 1.0
+    return made
+
+
+def chosen(rule, seen):
+    return masks.choose(rule, seen, DENSITY, torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", [name for name, rule in masks.RULES.items() if rule is not None])
+def test_every_rule_keeps_a_tenth_of_the_blocks(name, seen):
+    rule = masks.RULES[name]
+    kept = chosen(rule, seen)
+    assert kept.shape == SHAPE
+    assert kept.dtype == torch.bool
+    if rule.shared:
+        assert kept.sum() == int(kept.numel() * DENSITY)
+    else:
+        assert (kept.sum((2, 3)) == COUNT).all()
+    if rule.diagonal:
+        assert kept.diagonal(dim1=2, dim2=3).all()
+    if not rule.per_head:
+        assert torch.equal(kept[:, 0], kept[:, 1])
+
+
+def test_windows_are_the_blocks_nearest_to_the_diagonal(seen):
+    away = (torch.arange(masks.SIDE)[:, None] - torch.arange(masks.SIDE)).abs()
+    window = chosen(masks.RULES["window"], seen)
+    assert window[:, :, away <= 1].all()
+    assert (away.expand(SHAPE)[window] <= 2).all()
+    half = chosen(masks.RULES["sensitivity, half window"], seen)
+    near = (away == 0) | (away == 1)
+    assert (half & near).sum((2, 3)).min() >= COUNT // 2
+    others = half & ~near
+    scores = seen.mean("sensitivity")
+    for layer in range(masks.LAYERS):
+        for head in range(masks.HEADS):
+            mine = scores[layer, head]
+            left_out = mine[~half[layer, head]]
+            assert mine[others[layer, head]].min() >= left_out.max()
+
+
+def test_the_relation_divides_by_what_rows_and_columns_have(seen):
+    rows, columns = torch.rand(2, masks.SIDE, dtype=torch.float64) + 0.1
+    relation = torch.rand(SHAPE, dtype=torch.float64)
+    relation = relation / relation.sum(3, keepdim=True)
+    for _ in range(200):  # of equal rows and columns, so that dividing gives it back
+        relation = relation / relation.sum(2, keepdim=True)
+        relation = relation / relation.sum(3, keepdim=True)
+    plain = masks.Observations()
+    plain.sums, plain.weight = {"mass": relation}, 1.0
+    scaled = masks.Observations()
+    scaled.sums, scaled.weight = {"mass": relation * 3}, 1.0
+    assert torch.equal(chosen(masks.RULES["relation 1"], plain), chosen(masks.RULES["mass"], scaled))
+    popular = masks.Observations()
+    popular.sums, popular.weight = {"mass": rows[:, None] * columns}, 1.0
+    popular.sums["mass"] = popular.sums["mass"].expand(SHAPE).clone()
+    # Attention that is nothing but popularity has no relation: all scores are alike, ties go to the lower index.
+    kept = chosen(masks.Rule("relation", 1.0, diagonal=False, rows=0), popular)
+    product = popular.sums["mass"].sum(3, keepdim=True) * popular.sums["mass"].sum(2, keepdim=True)
+    assert torch.allclose(popular.sums["mass"] / product, (popular.sums["mass"] / product)[..., :1, :1])
+    assert kept.sum() == COUNT * masks.LAYERS * masks.HEADS
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_studied_attention_is_attention(padded, sparse):
+    generator = torch.Generator().manual_seed(2)
+    inputs = [torch.randn(3, 2, masks.LENGTH, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    options = {}
+    if padded:
+        real = torch.arange(masks.LENGTH) < torch.tensor([[200], [256], [31]])
+        options = {"key_padding_mask": real, "query_padding_mask": real}
+    studied, plain = masks.Studied(), AdaptiveAttention(masks.HEADS, masks.LENGTH, masks.BLOCK)
+    if sparse:
+        mask = torch.rand(SHAPE[1:], generator=generator) < 0.3
+        mask |= torch.eye(masks.SIDE, dtype=torch.bool)
+        for each in (studied, plain):
+            each.set_layout(BlockLayout(mask, masks.BLOCK))
+    studied.studied = True
+    weight = torch.randn(3, 2, masks.LENGTH, 8, generator=generator)
+    if padded:
+        weight = weight * real[:, None, :, None]
+    found, expected = studied(*inputs, **options), plain(*inputs, **options)
+    torch.testing.assert_close(found * (weight != 0), expected * (weight != 0), rtol=1e-4, atol=1e-5)
+    (found * weight).mean().backward()
+    bias = torch.zeros(3, 2, masks.SIDE, masks.SIDE, requires_grad=True)
+    if not sparse:
+        scores = bias.repeat_interleave(masks.BLOCK, 2).repeat_interleave(masks.BLOCK, 3)
+        if padded:
+            scores = scores.masked_fill(~real[:, None, None], -torch.inf)
+        out = F.scaled_dot_product_attention(*inputs, attn_mask=scores)
+        (slope,) = torch.autograd.grad((out * weight).mean(), bias)
+        torch.testing.assert_close(studied.seen["signed"], 3 * slope.mean(0), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(studied.seen["absolute"], 3 * slope.abs().mean(0), rtol=1e-3, atol=1e-7)
+        mass = studied.seen["mass"].sum((1, 2))
+        torch.testing.assert_close(mass, torch.full((2,), (200 + 256 + 31) / 3 / 256 if padded else 1.0))
+    assert studied.seen["sensitivity"].shape == SHAPE[1:]
+
+
+def command(tmp_path, *arguments):
+    words = [sys.executable, "-m", "experiments.masks", "--out", str(tmp_path), *arguments]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_table_of_what_has_been_measured(tmp_path):
+    settings = {"steps": 1000, "density": 0.1}
+    run = {"task": "digits", "captured_mass": 0.1, "best_mass": 0.2, "settings": settings}
+    runs = [{**run, "rule": "mass", "seed": seed, "accuracy": accuracy} for seed, accuracy in enumerate((0.5, 0.7))]
+    runs.append({**run, "rule": "mass", "seed": 0, "accuracy": 0.1, "settings": {"steps": 500, "density": 0.1}})
+    (tmp_path / "masks.json").write_text(json.dumps({"runs": runs}))
+    done = command(tmp_path, "--table")
+    assert done.returncode == 0
+    assert "0.600 (2)" in done.stdout
+    assert "50%" in done.stdout
+    done = command(tmp_path, "--table", "--density", "0.2")
+    assert done.returncode == 1
+    assert "nothing has been measured with these settings yet" in done.stderr
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    assert "--steps must be at least 100" in command(tmp_path, "--steps", "10").stderr
+    assert "--density must be 1/32" in command(tmp_path, "--density", "2").stderr
+    done = command(tmp_path, "--tasks", "cifar10", "--seeds", "0", "--rules", "window", "--data", str(tmp_path))
+    assert done.returncode == 1
+    assert str(tmp_path / "cifar10") in done.stderr
+    assert len(done.stderr.splitlines()) == 1
