@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from experiments.accuracy_show import comparable
 from experiments.gpu_suite.case import number
 from experiments.results_page import pictures
 from experiments.results_page.page import FEWEST_SEEDS, Content, Shown, listed, markdown, mean, points
@@ -87,30 +88,17 @@ class Grid:
         return abs(means[one] - means[other]) < noise < math.inf
 
 
-# Options that may differ between methods that are compared.
-OF_THE_METHOD = ("model.attention", "model.pruned", "sparsity.")
-
-
-def comparable(runs: Sequence[Run]) -> list[Run]:
-    """Of each task the runs with the settings and data of the newest, of each method those with its newest options."""
-
-    def common(run: Run) -> dict[str, Any]:
-        return {name: x for name, x in run.get("options", {}).items() if not name.startswith(OF_THE_METHOD)}
-
-    newest = {run["task"]: common(run) for run in runs}
-    alike = [run for run in runs if common(run) == newest[run["task"]]]
-    options = {(run["task"], run["method"]): run.get("options") for run in alike}
-    return [run for run in alike if run.get("options") == options[run["task"], run["method"]]]
-
-
 def accuracy(content: Content) -> Shown:
     """Test accuracy of the final models, by method and task, and what they cost."""
-    runs = comparable(content["runs"])
+    _, others = comparable(content["runs"], [])
+    left_out = {id(run) for run in others}
+    runs = [run for run in content["runs"] if id(run) not in left_out]
     grid = Grid(runs, "method", lambda run: run["summary"]["test_accuracy"]["final"])
     picture = pictures.grid(grid.values, grid.tasks, grid.methods, grid.ours, "test accuracy of the final model")
     text = [grid.table("test accuracy")]
-    if left_out := len(content["runs"]) - len(runs):
-        text.append(f"Left out: {left_out} runs with other settings, or on other data, than the newest of their task.")
+    if left_out:
+        count = len(left_out)
+        text.append(f"Left out: {count} runs with other settings, or on other data, than the newest of their task.")
     rows, slower = costs(runs, grid.ours)
     header = ["task", "method", "blocks kept", "dense phase, step ms", "step ms", "peak MiB", "training s"]
     table = markdown(header, rows, left=(0, 1))
@@ -153,16 +141,18 @@ def middle(values: Sequence[float | None]) -> str:
 
 
 def masks(content: Content) -> Shown:
-    """Accuracy by rule and task, and the blocks that each rule kept."""
-    runs = content["runs"]
+    """Accuracy by rule and task, and what the layouts hold of the attention; of the newest settings."""
+    runs = [run for run in content["runs"] if run["settings"] == content["runs"][-1]["settings"]]
     grid = Grid(runs, "rule", lambda run: run["accuracy"])
-    text = [grid.table("accuracy")]
-    kept: dict[str, list[float]] = {}
+    settings = ", ".join(f"{name} {value:g}" for name, value in runs[-1]["settings"].items())
+    text = [f"Settings: {settings}.", grid.table("accuracy")]
+    held: dict[str, list[float]] = {}
     for run in runs:
-        kept.setdefault(str(run["rule"]), []).extend(run.get("densities", []))
-    shares = [f"{rule} {statistics.mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for rule, x in kept.items() if x]
+        if "best_mass" in run:
+            held.setdefault(str(run["rule"]), []).append(run["captured_mass"] / run["best_mass"])
+    shares = [f"{rule} {statistics.mean(x):.0%}" for rule, x in held.items()]
     if shares:
-        text.append(f"Density kept, mean and range over layers and runs: {', '.join(shares)}.")
+        text.append(f"Attention held on validation data at the switch, of the most possible: {', '.join(shares)}.")
     picture = pictures.grid(grid.values, grid.tasks, grid.methods, grid.ours, "accuracy")
     return Shown(text, grid.short(), {"Accuracy by rule and task": picture})
 
