@@ -274,7 +274,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_smoke_run_goes_through_every_section(tmp_path, capsys):
-    code = main(["--smoke", "--minutes", "2", "--out", str(tmp_path)])
+    code = main(["--smoke", "--minutes", "20", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert code == 0, printed
     for name in ("correct", "attention", "operations", "training", "long"):
