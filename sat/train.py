@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from sat import checkpoints, runs
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
-from sat.data import DATASETS, ColorImageDataModule, SequenceDataModule, TextDataModule
+from sat.data import DATASETS, ColorImageDataModule, ListOps, SequenceDataModule, TextDataModule
 from sat.files import UNWRITABLE, reason, written_whole
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
@@ -242,6 +242,8 @@ class Run:
     def _spion(self, trainer: Namespace, interval: int) -> dict[str, Any]:
         """A published method with its own rules, which prevail over what the config says of SAT's."""
         own: dict[str, Any] = {"quantile": 0.99 if isinstance(self.data, TextDataModule) else 0.96, "change": 15.0}
+        if isinstance(self.data, ListOps):
+            own["quantile"] = 0.98
         # SPION looks when it evaluates. Where that is a share of an epoch, the config's interval stands.
         batches = trainer.val_check_interval
         whole = isinstance(batches, int) and not isinstance(batches, bool)

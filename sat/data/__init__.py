@@ -6,6 +6,7 @@ from sat.data.cifar10 import CIFAR10, CIFAR10RGB
 from sat.data.digits import Digits
 from sat.data.imdb import IMDB
 from sat.data.inaturalist import INaturalist
+from sat.data.listops import ListOps
 from sat.data.mrpc import MRPC
 from sat.data.pictures import ColorImageDataModule
 from sat.data.texts import TextDataModule
@@ -18,6 +19,8 @@ DATASETS: dict[str, type[SequenceDataModule]] = {
     "inaturalist": INaturalist,
     "ag_news": AGNews,
     "yelp": YelpPolarity,
+    # The Long Range Arena's, whose Image is cifar10:
+    "listops": ListOps,
     # For pretrained models:
     "cifar10_rgb": CIFAR10RGB,
     "mrpc": MRPC,
@@ -34,6 +37,7 @@ __all__ = [
     "ColorImageDataModule",
     "Digits",
     "INaturalist",
+    "ListOps",
     "SequenceDataModule",
     "TextDataModule",
     "TokenizedTextDataModule",
