@@ -8,6 +8,7 @@ from sat.data.imdb import IMDB
 from sat.data.inaturalist import INaturalist
 from sat.data.listops import ListOps
 from sat.data.mrpc import MRPC
+from sat.data.pathfinder import Pathfinder
 from sat.data.pictures import ColorImageDataModule
 from sat.data.texts import TextDataModule
 from sat.data.tokens import TokenizedTextDataModule
@@ -21,6 +22,7 @@ DATASETS: dict[str, type[SequenceDataModule]] = {
     "yelp": YelpPolarity,
     # The Long Range Arena's, whose Image is cifar10:
     "listops": ListOps,
+    "pathfinder": Pathfinder,
     # For pretrained models:
     "cifar10_rgb": CIFAR10RGB,
     "mrpc": MRPC,
@@ -38,6 +40,7 @@ __all__ = [
     "Digits",
     "INaturalist",
     "ListOps",
+    "Pathfinder",
     "SequenceDataModule",
     "TextDataModule",
     "TokenizedTextDataModule",
