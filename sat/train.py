@@ -106,7 +106,7 @@ def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
     parser.add_argument("--data.name", type=str, required=True, help=f"data set: {', '.join(DATASETS)}")
     parser.add_class_arguments(DATASETS[data_name], "data", skip={"seed"})
     model = PretrainedClassifier if pretrained else SequenceClassifier
-    parser.add_class_arguments(model, "model", skip={"vocab_size", "seq_len", "num_classes", "inputs"})
+    parser.add_class_arguments(model, "model", skip={"vocab_size", "seq_len", "num_classes", "inputs", "towers"})
     parser.add_class_arguments(ClassificationModule, "optimizer", skip={"model", "num_classes", "metric"})
     parser.add_class_arguments(AdaptiveSparsity, "sparsity", skip={"seed"})
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP)
@@ -418,7 +418,9 @@ def _make_data(args: Namespace) -> SequenceDataModule:
 def _make_model(args: Namespace, data: SequenceDataModule) -> SequenceClassifier | PretrainedClassifier:
     """The model, which takes what the data gives."""
     if data.inputs == "ids":
-        return SequenceClassifier(data.vocab_size, data.seq_len, data.num_classes, **args.model.as_dict())
+        return SequenceClassifier(
+            data.vocab_size, data.seq_len, data.num_classes, towers=data.towers, **args.model.as_dict()
+        )
     model = PretrainedClassifier(data.num_classes, data.inputs, **args.model.as_dict())
     from sat.integrations.transformers import extend_position_embeddings, prepare  # transformers is an extra
 
