@@ -173,8 +173,8 @@ def find_released(folder: Path) -> tuple[list[tuple[str, int]], Path]:
         # A text in spite of its name: folder, file, number, label and settings.
         for row, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             match line.split():
-                case [place, name, _, ("0" | "1") as label, *_]:
-                    found.append((f"{place}/{name}", int(label)))
+                case [inside, name, _, ("0" | "1") as label, *_]:
+                    found.append((f"{inside}/{name}", int(label)))
                 case _:
                     raise ValueError(
                         f"line {row} of {file} is {shortened(repr(line), 80)}, expected a folder, a file, a number and "

@@ -79,11 +79,13 @@ def settings_of(size: int, contour_length: int | None = None, num_distractors: i
         raise ValueError(f"Pathfinder is drawn at {', '.join(map(str, SETTINGS))} pixels, not at {size!r}; choose one")
     settings = SETTINGS[size]
     for name, value, least in (("contour_length", contour_length, 2), ("num_distractors", num_distractors, 0)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        settings = replace(settings, **{name: value})
+    settings = replace(
+        settings,
+        contour_length=settings.contour_length if contour_length is None else contour_length,
+        num_distractors=settings.num_distractors if num_distractors is None else num_distractors,
+    )
     paddles = 2 * settings.contour_length + settings.num_distractors * settings.distractor_length
     # Each paddle keeps the others away from itself by twice the margin, so half of that is its own.
     margin = min(settings.margins)
@@ -275,14 +277,14 @@ class _Sketch:
         tried = np.concatenate([tails, angle[..., None]], 2)
         free = self._free(which, tried, others) & (weights[:, -1:] > 0)
         self.paddles[which, at] = tried[np.arange(len(which)), free.argmax(1)]
-        return free.any(1)
+        fits: np.ndarray = free.any(1)
+        return fits
 
     def _free(self, which: np.ndarray, tried: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
         """Whether paddles ``[n, k, 3]`` keep away from all that is taken, and from ``others [n, j, 3]``: ``[n, k]``."""
         points = tried[:, :, None, :2] + self.along[:, None] * _direction(tried[..., 2])[:, :, None]
-        free = ~self._is_taken(which, points.reshape(len(which), points.shape[1] * points.shape[2], 2)).reshape(
-            points.shape[:3]
-        ).any(2)
+        taken = self._is_taken(which, points.reshape(len(which), points.shape[1] * points.shape[2], 2))
+        free: np.ndarray = ~taken.reshape(points.shape[:3]).any(2)
         for each in () if others is None else others.swapaxes(0, 1):
             distance = _distance(points[..., 0], points[..., 1], each[:, None, None], self.settings.paddle_length)
             free &= (distance >= self._clearance(which)[:, None, None]).all(2)
