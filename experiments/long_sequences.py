@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,15 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def measure() -> dict[str, Any]:
     """Samples a second of one core."""
-    (_, values), seconds = timed(lambda: draw_expressions(EXPRESSIONS, 500, 2000, 0))
-    rows = {"ListOps, 500 to 2,000 tokens": {"samples": len(values), "per_second": round(len(values) / seconds)}}
-    for size in SETTINGS:
-        settings = settings_of(size)
+    _, seconds = timed(lambda: draw_expressions(EXPRESSIONS, 500, 2000, 0))
+    rows: dict[str, Any] = {
+        "ListOps, 500 to 2,000 tokens": {"samples": EXPRESSIONS, "per_second": round(EXPRESSIONS / seconds)}
+    }
+    for settings in SETTINGS.values():
         draw_some(settings, 1, np.random.default_rng(0))  # what is computed once
-        drawn, seconds = timed(
-            lambda settings=settings: draw_some(settings, chunk_size(settings), np.random.default_rng(1))
-        )
+        drawn, seconds = timed(partial(draw_some, settings, chunk_size(settings), np.random.default_rng(1)))
         shown = np.isfinite(drawn.paddles[:, 2 * settings.contour_length :: settings.distractor_length, 0])
-        rows[f"Pathfinder, {size} x {size} pixels"] = {
+        rows[f"Pathfinder, {settings.size} x {settings.size} pixels"] = {
             "samples": len(drawn.labels),
             "per_second": round(len(drawn.labels) / seconds),
             "distractors": round(float(shown.sum(1).mean()), 2),

@@ -277,14 +277,13 @@ class _Sketch:
         tried = np.concatenate([tails, angle[..., None]], 2)
         free = self._free(which, tried, others) & (weights[:, -1:] > 0)
         self.paddles[which, at] = tried[np.arange(len(which)), free.argmax(1)]
-        fits: np.ndarray = free.any(1)
-        return fits
+        return np.asarray(free.any(1))
 
     def _free(self, which: np.ndarray, tried: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
         """Whether paddles ``[n, k, 3]`` keep away from all that is taken, and from ``others [n, j, 3]``: ``[n, k]``."""
         points = tried[:, :, None, :2] + self.along[:, None] * _direction(tried[..., 2])[:, :, None]
         taken = self._is_taken(which, points.reshape(len(which), points.shape[1] * points.shape[2], 2))
-        free: np.ndarray = ~taken.reshape(points.shape[:3]).any(2)
+        free = np.asarray(~taken.reshape(points.shape[:3]).any(2))
         for each in () if others is None else others.swapaxes(0, 1):
             distance = _distance(points[..., 0], points[..., 1], each[:, None, None], self.settings.paddle_length)
             free &= (distance >= self._clearance(which)[:, None, None]).all(2)
