@@ -330,7 +330,7 @@ def _prospects(settings: Settings, margin: float) -> np.ndarray:
 
     Drawn without regard to what lies ahead, hardly any contour of 14 paddles stays inside, and all others would be
     thrown away. To choose each paddle by its weight times the chance that the rest stays inside gives the same contours
-    as often (Doob's h-transform), and throws only those away that meet another.
+    as often (Doob's h-transform; nearly, since states are rounded), and far fewer of them are thrown away.
     """
     centres = (np.arange(PLACES, dtype=np.float32) + np.float32(0.5)) * np.float32(settings.size / PLACES)
     angles = np.arange(ANGLES, dtype=np.float32) * np.float32(2 * np.pi / ANGLES)
