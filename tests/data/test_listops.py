@@ -5,13 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sat.data import ListOps
+from sat import train
+from sat.data import Digits, ListOps, SequenceDataModule, YelpPolarity
 from sat.data import listops as module
 
 # Said a second time, from the ids that a model sees.
@@ -219,6 +221,13 @@ def test_lengths_that_are_hardly_ever_drawn(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match=r"of 1,600 expressions drawn .*, 0 have more than 9000 .*lower --data"):
         make(tmp_path, min_length=9000, max_length=9100, seq_len=9100)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(("data", "quantile"), [(ListOps(), 0.98), (YelpPolarity(), 0.99), (Digits(), 0.96)])
+def test_spion_keeps_what_its_authors_keep(data: SequenceDataModule, quantile: float):
+    run = SimpleNamespace(data=data, model=SimpleNamespace(attention_options={}))
+    trainer = SimpleNamespace(val_check_interval=0.5, accumulate_grad_batches=1)
+    assert train.Run._spion(run, trainer, 10)["quantile"] == quantile  # type: ignore[arg-type]
 
 
 def test_real_files(shared: Callable[[str], str], tmp_path: Path):
