@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from sat import checkpoints, runs
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
-from sat.data import DATASETS, ColorImageDataModule, SequenceDataModule, TextDataModule
+from sat.data import DATASETS, ColorImageDataModule, ListOps, SequenceDataModule, TextDataModule
 from sat.files import UNWRITABLE, reason, written_whole
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
@@ -106,7 +106,7 @@ def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
     parser.add_argument("--data.name", type=str, required=True, help=f"data set: {', '.join(DATASETS)}")
     parser.add_class_arguments(DATASETS[data_name], "data", skip={"seed"})
     model = PretrainedClassifier if pretrained else SequenceClassifier
-    parser.add_class_arguments(model, "model", skip={"vocab_size", "seq_len", "num_classes", "inputs"})
+    parser.add_class_arguments(model, "model", skip={"vocab_size", "seq_len", "num_classes", "inputs", "towers"})
     parser.add_class_arguments(ClassificationModule, "optimizer", skip={"model", "num_classes", "metric"})
     parser.add_class_arguments(AdaptiveSparsity, "sparsity", skip={"seed"})
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP)
@@ -242,6 +242,8 @@ class Run:
     def _spion(self, trainer: Namespace, interval: int) -> dict[str, Any]:
         """A published method with its own rules, which prevail over what the config says of SAT's."""
         own: dict[str, Any] = {"quantile": 0.99 if isinstance(self.data, TextDataModule) else 0.96, "change": 15.0}
+        if isinstance(self.data, ListOps):
+            own["quantile"] = 0.98
         # SPION looks when it evaluates. Where that is a share of an epoch, the config's interval stands.
         batches = trainer.val_check_interval
         whole = isinstance(batches, int) and not isinstance(batches, bool)
@@ -416,7 +418,9 @@ def _make_data(args: Namespace) -> SequenceDataModule:
 def _make_model(args: Namespace, data: SequenceDataModule) -> SequenceClassifier | PretrainedClassifier:
     """The model, which takes what the data gives."""
     if data.inputs == "ids":
-        return SequenceClassifier(data.vocab_size, data.seq_len, data.num_classes, **args.model.as_dict())
+        return SequenceClassifier(
+            data.vocab_size, data.seq_len, data.num_classes, towers=data.towers, **args.model.as_dict()
+        )
     model = PretrainedClassifier(data.num_classes, data.inputs, **args.model.as_dict())
     from sat.integrations.transformers import extend_position_embeddings, prepare  # transformers is an extra
 

@@ -373,13 +373,14 @@ class TestConfigs:
         assert arguments.model.attention == "adaptive"
         options = arguments.data.as_dict()
         data_set = train.DATASETS[options.pop("name")]
-        if data_set.__name__ == "INaturalist":  # it has no home on the hub: the user names a folder
+        if data_set.__name__ in ("INaturalist", "Retrieval"):  # no home on the hub: the user names a folder
             options["path"] = str(path.parent)
         train.AdaptiveSparsity(**arguments.sparsity.as_dict())
         if data_set.inputs != "ids":
             return  # tests/test_pretrained.py runs them
         data = data_set(**options)
-        train.SequenceClassifier(data.vocab_size, data.seq_len, data.num_classes, **arguments.model.as_dict())
+        sizes = (data.vocab_size, data.seq_len, data.num_classes)
+        train.SequenceClassifier(*sizes, towers=data.towers, **arguments.model.as_dict())
 
     def test_the_papers_settings(self):
         # Yoon et al. 2024, hyperparameters: layers, block, density, batch, lr, warm-up, steps, theta

@@ -108,6 +108,12 @@ SECTIONS = (
         {"notebooks_cpu.json": "jupyter nbconvert --to markdown --execute notebooks/*.ipynb"},
         checks.notebooks,
     ),
+    Section(
+        "Drawn data sets",
+        "How fast the Long Range Arena's ListOps and Pathfinder are drawn, by one core.",
+        {"long_sequences_cpu.json": "python -m experiments.long_sequences"},
+        checks.drawn,
+    ),
     Section("Long tests", "Killed, frozen and resumed runs.", {"test_long.json": "make test-long"}, checks.long_tests),
     Section(
         "Fuzzed files",

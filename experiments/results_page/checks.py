@@ -73,6 +73,18 @@ def notebooks(content: Content) -> Shown:
     return Shown([markdown(RUN_HEADER, [run_row(name, s) for name, s in runs.items()], left=(0, 1))], short)
 
 
+def drawn(content: Content) -> Shown:
+    """Samples a second, and the distractors that fit."""
+    rows: list[list[str]] = []
+    short = [content["note"]]
+    for name, each in content["drawn"].items():
+        most, fit = each.get("distractors_at_most"), each.get("distractors")
+        rows.append([name, f"{each['per_second']:,}", "" if most is None else f"{fit} of {most}"])
+        if most is not None and fit < most:
+            short.append(f"{name}: of {most} distractors {fit} fit on average.")
+    return Shown([markdown(["", "samples a second", "distractors"], rows)], short)
+
+
 def long_tests(content: Content) -> Shown:
     """What ``make test-long`` came to."""
     outcomes = ("passed", "failed", "skipped")

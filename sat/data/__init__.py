@@ -4,10 +4,13 @@ from sat.data.ag_news import AGNews
 from sat.data.base import SequenceDataModule
 from sat.data.cifar10 import CIFAR10, CIFAR10RGB
 from sat.data.digits import Digits
-from sat.data.imdb import IMDB
+from sat.data.imdb import IMDB, IMDBBytes
 from sat.data.inaturalist import INaturalist
+from sat.data.listops import ListOps
 from sat.data.mrpc import MRPC
+from sat.data.pathfinder import Pathfinder
 from sat.data.pictures import ColorImageDataModule
+from sat.data.retrieval import Retrieval
 from sat.data.texts import TextDataModule
 from sat.data.tokens import TokenizedTextDataModule
 from sat.data.yelp import YelpPolarity
@@ -18,6 +21,11 @@ DATASETS: dict[str, type[SequenceDataModule]] = {
     "inaturalist": INaturalist,
     "ag_news": AGNews,
     "yelp": YelpPolarity,
+    # The Long Range Arena's, whose Image is cifar10:
+    "listops": ListOps,
+    "imdb_bytes": IMDBBytes,
+    "retrieval": Retrieval,
+    "pathfinder": Pathfinder,
     # For pretrained models:
     "cifar10_rgb": CIFAR10RGB,
     "mrpc": MRPC,
@@ -33,7 +41,11 @@ __all__ = [
     "AGNews",
     "ColorImageDataModule",
     "Digits",
+    "IMDBBytes",
     "INaturalist",
+    "ListOps",
+    "Pathfinder",
+    "Retrieval",
     "SequenceDataModule",
     "TextDataModule",
     "TokenizedTextDataModule",

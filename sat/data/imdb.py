@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from sat.data.texts import TextDataModule
 from sat.data.tokens import TokenizedTextDataModule
 
 
@@ -17,3 +20,60 @@ class IMDB(TokenizedTextDataModule):
     hub_id = "stanfordnlp/imdb"
     num_classes = 2
     text_columns = ("text",)
+
+
+class IMDBBytes(TextDataModule):
+    """IMDB reviews by bytes, the Long Range Arena's "Text": 4,000 tokens, 257 ids (hub: ``stanfordnlp/imdb``).
+
+    A token is a byte of the text in UTF-8, + 1; id 0 is padding. 25,000 official training samples, of which 2,500 are
+    held out for validation, class-stratified (the Arena validates on its test samples); 25,000 test samples.
+
+    Args:
+        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
+            parquet file; the hub when not given.
+        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
+        seq_len: bytes in a sequence: longer texts are cut, shorter ones padded.
+        batch_size: samples in a training batch, per process. Incomplete training batches are left out.
+        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
+        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
+        seed: decides the order of the training samples, together with the epoch.
+        train_samples: train on so many samples only, chosen at random; all when not given.
+        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+    """
+
+    dataset_name = "IMDB bytes"
+    hub_id = "stanfordnlp/imdb"
+    num_classes = 2
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        cache_dir: str | None = None,
+        seq_len: int = 4000,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_samples: int | None = None,
+        eval_samples: int | None = None,
+    ) -> None:
+        super().__init__(
+            path=path,
+            cache_dir=cache_dir,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_samples=train_samples,
+            eval_samples=eval_samples,
+        )
+
+    def encoding(self) -> Sequence[int | str]:
+        """The tokens of a text depend on where it is cut, and on the bytes of a character."""
+        return [self.seq_len, "utf-8"]
+
+    def to_bytes(self, text: str) -> bytes:
+        """The beginning of a text, a byte a token."""
+        return text.encode("utf-8", "replace")[: self.seq_len]

@@ -65,6 +65,7 @@ class ImageDataModule(FileDataModule):
     has_padding = False
     content_columns: Sequence[str] = ("img", "image")
     mode: Literal["L", "RGB"] = "L"  # Pillow's names
+    resizes = True  # or else pictures of another size are refused
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class ImageDataModule(FileDataModule):
     def encode(self, rows: Iterator[pa.Array], table: Table) -> dict[str, Tensor]:
         """Every picture as a row of uint8: ``[n, L]``, in colour ``[n, 3 * L]``, three values a pixel."""
         pixels = np.empty((table.num_rows, self.image_size**2 * len(self.mode)), dtype=np.uint8)
-        decode = partial(decode_pixels, size=self.image_size, mode=self.mode)
+        decode = partial(decode_pixels, size=self.image_size, mode=self.mode, resize=self.resizes)
         done = 0
         # Pillow decodes outside the interpreter's lock, so threads do.
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -313,22 +314,29 @@ def _holds_pictures(kind: pa.DataType) -> bool:
     )
 
 
-def decode_pixels(encoded: bytes | None, name: str, size: int, mode: Literal["L", "RGB"] = "L") -> np.ndarray:
+def decode_pixels(
+    encoded: bytes | None, name: str, size: int, mode: Literal["L", "RGB"] = "L", resize: bool = True
+) -> np.ndarray:
     """A picture, given as the bytes of a file, as ``[size * size * colours]`` values, uint8.
 
     Raises:
-        ValueError: there is no picture, or Pillow cannot decode it.
+        ValueError: there is no picture, Pillow cannot decode it, or it has another size and may not be resized.
     """
     if encoded is None:
         raise ValueError(f"{name} has no bytes; store the pictures inside the parquet file")
     try:
         with Image.open(io.BytesIO(encoded), formats=PICTURE_FORMATS) as image:
             # A JPEG far larger than needed is decoded at a fraction of its size, which is several times faster.
-            if min(image.size) >= 8 * size:
+            if resize and min(image.size) >= 8 * size:
                 image.draft(mode, (4 * size, 4 * size))
             picture = image.convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be decoded ({error}); replace it or leave it out") from error
     if picture.size != (size, size):
+        if not resize:
+            raise ValueError(
+                f"{name} has {picture.width} x {picture.height} pixels, expected {size} x {size}; correct "
+                f"--data.image_size, or point --data.path at pictures of this size"
+            )
         picture = picture.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(picture, dtype=np.uint8).reshape(-1)

@@ -103,6 +103,10 @@ class TextDataModule(FileDataModule):
         """Refuse anything but a buffer of characters and its offsets."""
         check_ragged(tensors.get("offsets"), rows, tensors.get("bytes"), torch.uint8, self.seq_len)
 
+    def to_bytes(self, text: str) -> bytes:
+        """The beginning of a text, a byte a token."""
+        return text[: self.seq_len].encode("latin-1", "replace")
+
     def encode(self, rows: Iterator[pa.Array], table: Table) -> dict[str, Tensor]:
         """All texts in one uint8 buffer, and int64 ``offsets [n + 1]`` of where each begins."""
         buffer = bytearray()
@@ -113,7 +117,7 @@ class TextDataModule(FileDataModule):
             for text in column.to_pylist():
                 if text is None:
                     raise ValueError(f"row {len(offsets) - 1} of {table.name} has no text; leave such rows out")
-                buffer += text[: self.seq_len].encode("latin-1", "replace") or b" "
+                buffer += self.to_bytes(text) or b" "
                 offsets.append(len(buffer))
         data = torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0, dtype=torch.uint8)
         return {"bytes": data, "offsets": torch.tensor(offsets, dtype=torch.int64)}

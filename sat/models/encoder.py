@@ -118,6 +118,9 @@ class Encoder(nn.Module):
 class SequenceClassifier(nn.Module):
     """The encoder, the mean over the full padded length, and a head of two layers.
 
+    With two towers, a sample is two sequences, which the same encoder reads; the head gets both means, their product
+    and their difference, as in the Long Range Arena's matching task (Tay et al. 2021).
+
     Args:
         vocab_size: number of token ids.
         seq_len: longest sequence, in tokens.
@@ -138,6 +141,7 @@ class SequenceClassifier(nn.Module):
         block_size: edge of the layouts' blocks, in tokens.
         pruned: of ``adaptive`` and ``spion``: ``drop`` leaves scores outside of the layout out of the softmax, ``zero``
             counts each of them as a logit of 0, as the paper's kernels do.
+        towers: sequences in a sample, 1 or 2.
 
     Raises:
         ValueError: an argument is out of range, or ``width`` is no multiple of ``num_heads``.
@@ -159,8 +163,11 @@ class SequenceClassifier(nn.Module):
         attention_options: AttentionOptions | None = None,
         block_size: int = 32,
         pruned: ops.Pruned = "drop",
+        towers: int = 1,
     ) -> None:
         super().__init__()
+        if towers not in (1, 2):
+            raise ValueError(f"towers must be 1 or 2, got {towers}")
         sizes = {
             "vocab_size": vocab_size,
             "seq_len": seq_len,
@@ -200,8 +207,19 @@ class SequenceClassifier(nn.Module):
             block_size=block_size,
             pruned=pruned,
         )
-        self.head = nn.Sequential(nn.Linear(width, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
+        self.towers = towers
+        features = width if towers == 1 else 4 * width
+        self.head = nn.Sequential(nn.Linear(features, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids ``[B, L]`` to logits ``[B, classes]``; ``attention_mask`` bool ``[B, L]``, True = a real token."""
-        return self.head(self.encoder(input_ids, attention_mask).mean(1))
+        """Token ids to logits ``[B, classes]``.
+
+        ``input_ids`` and ``attention_mask`` (bool, True = a real token) have the shape ``[B, L]``, with two towers
+        ``[B, 2, L]``.
+        """
+        if self.towers == 1:
+            return self.head(self.encoder(input_ids, attention_mask).mean(1))
+        # Pairs as a batch of twice the size: statistics and layouts are those of both towers together.
+        mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+        first, second = self.encoder(input_ids.flatten(0, 1), mask).mean(1).unflatten(0, (-1, 2)).unbind(1)
+        return self.head(torch.cat([first, second, first * second, first - second], 1))

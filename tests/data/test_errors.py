@@ -237,6 +237,9 @@ def test_a_loader_before_setup():
         Digits().train_dataloader()
 
 
+SEQUENCES = ("ag_news", "yelp", "listops", "imdb_bytes", "retrieval", "mrpc", "imdb")
+
+
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_argument_is_explained_on_the_command_line(name: str):
     parser = ArgumentParser()
@@ -246,7 +249,7 @@ def test_every_argument_is_explained_on_the_command_line(name: str):
     common = {"batch_size", "eval_batch_size", "num_workers", "seed", "train_samples", "eval_samples"}
     assert common <= options
     assert ({"path", "cache_dir"} <= options) == (name != "digits")
-    assert ({"seq_len"} <= options) == (name in ("ag_news", "yelp", "mrpc", "imdb"))
+    assert ({"seq_len"} <= options) == (name in SEQUENCES)
     assert ({"image_size"} <= options) == ("seq_len" not in options)
     assert ({"tokenizer"} <= options) == (name in ("mrpc", "imdb"))
     assert ({"processor", "augment"} <= options) == (name == "cifar10_rgb")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat.data import AGNews, YelpPolarity
+from sat.data import AGNews, IMDBBytes, YelpPolarity
 
 PAIRS = [("Hi!", 0), ("caf\xe9 \u4f60", 1), ("", 0), ("abcdefghij", 1)]
 
@@ -38,6 +38,22 @@ def test_characters_are_latin_1_codes_plus_one_cut_and_padded(text_folder: Calla
         torch.bool,
         torch.int64,
     ]
+
+
+def test_imdb_by_bytes(text_folder: Callable[..., Path]):
+    folder = text_folder(train=PAIRS * 5, validation=PAIRS, test=PAIRS)
+    options = {"path": str(folder), "cache_dir": str(folder / "cache"), "batch_size": 4}
+    assert (IMDBBytes(**options).seq_len, IMDBBytes(**options).vocab_size) == (4000, 257)
+    data = IMDBBytes(**options, seq_len=6)
+    data.setup()
+    (batch,) = data.test_dataloader()
+    assert [row[mask].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)] == [
+        [byte + 1 for byte in text] for text in (b"Hi!", b"caf\xc3\xa9 ", b" ", b"abcdef")
+    ]
+    characters = YelpPolarity(**options, seq_len=6)
+    characters.setup()
+    (other,) = characters.test_dataloader()
+    assert not other["input_ids"].equal(batch["input_ids"])
 
 
 def test_the_official_splits_are_used_when_there_are_all(text_folder: Callable[..., Path]):
