@@ -301,6 +301,20 @@ def test_compiled(tiny, dropout, monkeypatch):
     assert len(summary["transitions"]) == 2
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_runs_of_one_seed_are_alike_bit_for_bit(tiny, backend, monkeypatch):
+    compile_model = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_model(self, backend=backend, **kw))
+    weights = []
+    for name in ("one", "two"):
+        torch.compiler.reset()
+        summary = run("--config", tiny, "--compile", "true", "--model.dropout", 0.1, "--name", name)
+        assert len(summary["transitions"]) == 2
+        last = torch.load(run_folder(name) / "checkpoints" / "last.ckpt", weights_only=True)
+        weights.append(last["state_dict"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_ctrl_c_saves_and_leaves(tiny):
     command = [sys.executable, "-m", "sat.train", "--config", str(tiny), "--trainer.max_steps", "100000"]
     root = Path(train.__file__).parents[1]
