@@ -72,20 +72,26 @@ def _put_on_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what safetensors raises when a disk is full or read-only into the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all.
 
     Raises:
-        OSError: as :func:`written_whole`; safetensors has an exception of its own for it.
+        OSError: as :func:`written_whole`.
     """
-    with written_whole(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, metadata=dict(metadata))
-        except SafetensorError as error:
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    with written_whole(path) as temporary, disk_errors():
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
 
 
 def save_state(state: Any, path: str | os.PathLike[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -22,7 +23,8 @@ from rich.table import Table
 from sat.attention import AdaptiveAttention
 from sat.baselines import StructureAttention
 from sat.callback import AdaptiveSparsity
-from sat.files import reason, written_whole
+from sat.data import SequenceDataModule
+from sat.files import disk_errors, reason, written_whole
 from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
@@ -225,6 +227,25 @@ def save_layouts(folder: Path, layouts: Mapping[int, BlockLayout], sparsity: Ada
         )
 
 
+def save_model(
+    folder: Path, classifier: PretrainedClassifier, data: SequenceDataModule, weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Write ``model/`` into a run's folder: what ``save_pretrained`` writes, and the tokenizer or image processor.
+
+    A folder of an earlier end of this run is replaced when the new one is whole.
+    """
+    target, written = folder / "model", folder / "model.partial"
+    shutil.rmtree(written, ignore_errors=True)
+    if len(data.class_names) == data.num_classes:
+        classifier.model.config.id2label = dict(enumerate(data.class_names))
+        classifier.model.config.label2id = {name: index for index, name in enumerate(data.class_names)}
+    with disk_errors():
+        classifier.model.save_pretrained(written, state_dict=dict(weights))
+    data.save_processor(written)
+    shutil.rmtree(target, ignore_errors=True)
+    written.replace(target)
+
+
 def summarize(
     name: str,
     trainer: Trainer,
@@ -338,7 +359,7 @@ def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) ->
         console.print(f"layer {layer} stayed dense: {missing}", soft_wrap=True)
     shown = [
         p
-        for p in ("summary.json", "layouts.png", "layouts", "statistics.png", "checkpoints", "csv")
+        for p in ("summary.json", "layouts.png", "layouts", "statistics.png", "checkpoints", "model", "csv")
         if (folder / p).exists()
     ]
     console.print(f"everything lies in {folder}: {', '.join(shown)}", highlight=False, soft_wrap=True)

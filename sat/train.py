@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed
@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from sat import checkpoints, runs
@@ -343,14 +343,19 @@ class Run:
         writes = self.trainer.global_rank == 0
         if writes:
             runs.save_layouts(self.folder, runs.layouts_of(self.module), self.sparsity)
+        if isinstance(self.model, PretrainedClassifier):
+            self._save_model(self.model)
         tests = {"final": self._test()}
         if self.trainer.strategy.broadcast(Path(self.best.best_model_path).is_file()):
             best = torch.load(self.best.best_model_path, map_location="cpu", weights_only=True)
-            if isinstance(self.model, FSDPModule):
-                self.model.reshard()  # evaluation has left it whole
-            whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.trainer.world_size > 1)
-            set_model_state_dict(self.module, best["state_dict"], options=whole)
-            tests["best"] = self._test()
+            if best["global_step"] == self.trainer.global_step:  # it is the final one
+                tests["best"] = tests["final"]
+            else:
+                if isinstance(self.model, FSDPModule):
+                    self.model.reshard()  # evaluation has left it whole
+                whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.trainer.world_size > 1)
+                set_model_state_dict(self.module, best["state_dict"], options=whole)
+                tests["best"] = self._test()
             summary["best_checkpoint"] = {
                 "step": best["global_step"],
                 "phase": runs.phase_of(self.module, self.model.attention),
@@ -366,6 +371,16 @@ class Run:
             runs.write_summary(self.folder / "summary.json", summary)
         runs.print_summary(self.console, self.folder, summary)
         return summary
+
+    def _save_model(self, classifier: PretrainedClassifier) -> None:
+        """Write the final model as transformers does, with what prepares its data and, when it learns any, its layouts.
+
+        All processes give their part of the weights, rank 0 writes.
+        """
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(classifier.model, options=options)
+        if self.trainer.global_rank == 0:
+            runs.save_model(self.folder, classifier, self.data, cast(dict[str, torch.Tensor], weights))
 
     def _test(self) -> Mapping[str, float]:
         """The test results of the weights that the module has now."""

@@ -14,6 +14,7 @@ import yaml
 
 from sat import train
 from sat.attention import AdaptiveAttention
+from sat.data.pictures import read_processor
 from sat.models import PretrainedClassifier
 from sat.module import ClassificationModule
 
@@ -104,6 +105,37 @@ class TestRuns:
         assert [mask.shape for mask in masks] == [(2, 5, 5)] * 2
         assert all(mask[:, 0].all() and mask[:, :, 0].all() for mask in masks)  # CLS
 
+    def test_the_model_is_there_for_transformers_at_the_end(self, mrpc):
+        from datasets import ClassLabel, Dataset
+
+        from sat.integrations.transformers import load_layouts
+
+        for file in Path("data").glob("*.parquet"):  # as the hub has them: the labels have names
+            pairs = Dataset.from_parquet(str(file), cache_dir="hub")
+            pairs.cast_column("label", ClassLabel(names=["different", "equivalent"])).to_parquet(file)
+        run("--config", mrpc)
+        folder = run_folder("mrpc") / "model"
+        assert not (folder.parent / "model.partial").exists()
+        final = last_checkpoint("mrpc")["state_dict"]
+        again = transformers.AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sat")
+        assert all(torch.equal(final[f"model.model.{name}"], weight) for name, weight in again.state_dict().items())
+        assert again.config.id2label == {0: "different", 1: "equivalent"}
+        layouts = {name: state.layout_mask for name, state in load_layouts(again, folder).items()}
+        assert len(layouts) == 2
+        assert all(torch.equal(mask, final[f"model.model.{name}.sat.layout_mask"]) for name, mask in layouts.items())
+        assert transformers.AutoTokenizer.from_pretrained(folder).model_max_length >= 20
+        # What stands there is a model like any other, to train further.
+        summary = run("--config", mrpc, "--model.pretrained", folder, "--name", "further", "--trainer.max_steps", 2)
+        assert summary["steps"] == 2
+
+    def test_where_the_last_model_is_the_best_it_is_tested_once(self, mrpc, monkeypatch):
+        tests, test = [], train.Run._test
+        monkeypatch.setattr(train.Run, "_test", lambda self: tests.append(1) or test(self))
+        summary = run("--config", mrpc, "--trainer.max_steps", 7)
+        assert summary["best_checkpoint"]["step"] == 7
+        assert len(tests) == 1
+        assert summary["test_f1"]["final"] == summary["test_f1"]["best"]
+
     def test_f1_is_that_of_scikit_learn_and_chooses_the_best_model(self, mrpc):
         from sklearn.metrics import f1_score
 
@@ -183,6 +215,9 @@ class TestRuns:
         assert "test_f1" not in summary
         masks = [x for name, x in last_checkpoint("vit")["state_dict"].items() if name.endswith(".sat.layout_mask")]
         assert [mask.shape for mask in masks] == [(2, 5, 5)] * 2  # 16 patches and CLS, in blocks of 4
+        model = run_folder("vit") / "model"
+        assert read_processor(str(model)) == read_processor("model")
+        assert transformers.AutoModelForImageClassification.from_pretrained(model).config.image_size == 16
         assert run("--config", vit, "--model.attention", "dense", "--trainer.max_steps", 3)["steps"] == 3
 
     def test_a_frozen_backbone_stays_as_it_is_and_the_head_learns(self, mrpc, capsys):

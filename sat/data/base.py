@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -100,6 +101,10 @@ class SequenceDataModule(pl.LightningDataModule):
     def size(self) -> str:
         """How large a sample is, for people."""
         return f"{self.seq_len} tokens"
+
+    def save_processor(self, folder: Path) -> None:
+        """Write what prepares the inputs of a pretrained model, a tokenizer or an image processor, beside the model."""
+        raise NotImplementedError
 
     def prepare_data(self) -> None:
         """Read the source and write the cache; Lightning calls this in one process only."""

@@ -235,6 +235,22 @@ class ColorImageDataModule(ImageDataModule):
         """Some rows of a split, as a map from a list of positions to a batch."""
         return ColorPictures(tensors, rows, self.image_size, self.picture_size, self.mean, self.std)
 
+    def save_processor(self, folder: Path) -> None:
+        """Write how these pictures are prepared, as an image processor of transformers that any of its models takes."""
+        height, width = self.picture_size
+        content = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": height, "width": width},
+            "resample": Image.Resampling.BILINEAR.value,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self.mean,
+            "image_std": self.std,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
     def transform(self) -> Transform | None:
         """The random changes, if they are asked for."""
         return flip_and_shift if self.augment else None

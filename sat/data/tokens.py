@@ -117,6 +117,11 @@ class TokenizedTextDataModule(FileDataModule):
                 f"that as --data.tokenizer"
             )
 
+    def save_processor(self, folder: Path) -> None:
+        """Write the tokenizer, which from now on knows of sequences as long as these."""
+        self.tokenizer.model_max_length = max(self.tokenizer.model_max_length, self.seq_len)
+        self.tokenizer.save_pretrained(folder)
+
     def dataset(self, tensors: dict[str, Tensor], rows: Tensor) -> Tokens:
         """Some rows of a split, as a map from a list of positions to a batch."""
         return Tokens(tensors, rows, self.seq_len, self.tokenizer.pad_token_id)
