@@ -236,11 +236,8 @@ def save_model(
     """
     target, written = folder / "model", folder / "model.partial"
     shutil.rmtree(written, ignore_errors=True)
-    if len(data.class_names) == data.num_classes:
-        classifier.model.config.id2label = dict(enumerate(data.class_names))
-        classifier.model.config.label2id = {name: index for index, name in enumerate(data.class_names)}
     with disk_errors():
-        classifier.model.save_pretrained(written, state_dict=dict(weights))
+        classifier.save(written, weights, data.class_names)
     data.save_processor(written)
     shutil.rmtree(target, ignore_errors=True)
     written.replace(target)

@@ -174,6 +174,10 @@ class Run:
         self.model = model = _make_model(args, data)
         self.module = ClassificationModule(model, data.num_classes, metric=data.metric, **args.optimizer.as_dict())
         if args.compile:
+            if getattr(data, "padding", "max_length") != "max_length":
+                raise ValueError(
+                    "a compiled model takes batches of one length; with --compile true set --data.padding max_length"
+                )
             # Each combination of dense, observed and sparse layers is a graph of its own, in training and evaluation;
             # so is each batch of an accumulation, of which other samples are observed.
             layers = sum(isinstance(module, AdaptiveAttention) for module in model.modules())

@@ -14,6 +14,7 @@ import yaml
 
 from sat import train
 from sat.attention import AdaptiveAttention
+from sat.data import tokens
 from sat.data.pictures import read_processor
 from sat.models import PretrainedClassifier
 from sat.module import ClassificationModule
@@ -135,6 +136,29 @@ class TestRuns:
         assert summary["best_checkpoint"]["step"] == 7
         assert len(tests) == 1
         assert summary["test_f1"]["final"] == summary["test_f1"]["best"]
+
+    @pytest.mark.parametrize("mask", ["direct", "fisher"])
+    def test_padding_to_the_longest_text_changes_nothing_but_the_time(self, mrpc, monkeypatch, mask):
+        monkeypatch.setattr(tokens, "MULTIPLE", 3)
+        lengths, attend = set(), AdaptiveAttention.forward
+        monkeypatch.setattr(
+            AdaptiveAttention,
+            "forward",
+            lambda self, query, *rest, **more: lengths.add(query.shape[2]) or attend(self, query, *rest, **more),
+        )
+        options = ["--trainer.precision", "64-true", "--model.dropout", 0, "--sparsity.mask", mask]
+        options += ["--sparsity.keep_first_tokens", 0]
+        full = run("--config", mrpc, "--name", "full", *options)
+        assert lengths == {20}
+        short = run("--config", mrpc, "--name", "short", "--data.padding", "longest", *options)
+        assert lengths == {15, 18, 20}
+        assert [t["step"] for t in short["transitions"]] == [t["step"] for t in full["transitions"]] == [SWITCH] * 2
+        weights = [last_checkpoint(name)["state_dict"] for name in ("full", "short")]
+        masks = [name for name in weights[0] if name.endswith("layout_mask")]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in masks)
+        assert not all(weights[0][name].all() for name in masks)
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weights[1][name].double(), weight.double(), atol=1e-9, rtol=1e-7)
 
     def test_f1_is_that_of_scikit_learn_and_chooses_the_best_model(self, mrpc):
         from sklearn.metrics import f1_score
@@ -397,6 +421,10 @@ class TestBadInput:
         assert (
             "the tokenizer has 25 tokens, of which model knows 14; give the model's own as --data.tokenizer" in message
         )
+
+    def test_lengths_that_vary_in_a_compiled_model(self, mrpc, capsys):
+        error = refused(capsys, "--config", mrpc, "--compile", "true", "--data.padding", "longest")
+        assert "with --compile true set --data.padding max_length" in error
 
     def test_a_model_for_another_task(self, mrpc, folders, capsys):
         message = refused(capsys, "--config", mrpc, "--model.pretrained", folders / "vit", "--data.tokenizer", "model")

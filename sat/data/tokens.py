@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +20,21 @@ from sat.data.files import FileDataModule, check_ragged
 from sat.data.loading import Batch
 from sat.data.sources import Table, checked_column, from_folder_or_hub
 
+Padding = Literal["max_length", "longest"]
+
+# A batch that is padded to its longest text has a multiple of so many tokens, or all: few lengths, few whole blocks.
+MULTIPLE = 64
+
 
 class Tokens(Dataset[Batch]):
     """Rows of a flat buffer of token ids; indexed by a list of positions, it gives a padded batch."""
 
-    def __init__(self, tensors: dict[str, Tensor], rows: Tensor, seq_len: int, pad_id: int) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], rows: Tensor, seq_len: int, pad_id: int, to_longest: bool = False
+    ) -> None:
         self.ids, self.offsets, self.labels = (tensors[name].numpy() for name in ("ids", "offsets", "labels"))
         self.types = tensors["types"].numpy() if "types" in tensors else None
-        self.rows, self.seq_len, self.pad_id = rows.numpy(), seq_len, pad_id
+        self.rows, self.seq_len, self.pad_id, self.to_longest = rows.numpy(), seq_len, pad_id, to_longest
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,7 +43,10 @@ class Tokens(Dataset[Batch]):
         """``input_ids`` int64 ``[B, L]``, ``attention_mask`` bool, perhaps ``token_type_ids`` int64; and labels."""
         rows = self.rows[positions]
         begin, end = self.offsets[rows], self.offsets[rows + 1]
-        mask = np.arange(self.seq_len) < (end - begin)[:, None]
+        length = self.seq_len
+        if self.to_longest:
+            length = min(length, -(-int((end - begin).max()) // MULTIPLE) * MULTIPLE)
+        mask = np.arange(length) < (end - begin)[:, None]
         chosen = np.concatenate([np.arange(first, last) for first, last in zip(begin, end, strict=True)])
         ids = np.full(mask.shape, self.pad_id, np.int64)
         ids[mask] = self.ids[chosen]
@@ -51,8 +61,9 @@ class Tokens(Dataset[Batch]):
 class TokenizedTextDataModule(FileDataModule):
     """Texts or pairs of texts, tokenized as a pretrained model expects it, cut and padded to ``seq_len``.
 
-    Every batch has the full length, in both phases and with every ``attention``: statistics and layouts are on one
-    grid, and times can be compared. The sparse phase leaves out blocks that hold nothing but padding.
+    With ``padding`` ``max_length`` every batch has the full length, in both phases and with every ``attention``, so
+    that times can be compared; the sparse phase leaves out blocks that hold nothing but padding. ``longest`` leaves out
+    more, everywhere in the model. The results are the same, up to the order of sums.
 
     Args:
         path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
@@ -60,6 +71,8 @@ class TokenizedTextDataModule(FileDataModule):
         cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         tokenizer: folder or hub name of the tokenizer; that of model.pretrained when not given.
         seq_len: tokens in a sequence, special tokens included: longer texts are cut, shorter ones padded.
+        padding: ``max_length``, or ``longest``: only as long as the longest text of a batch needs, rounded up to a
+            multiple of 64.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
         eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
         num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
@@ -84,6 +97,7 @@ class TokenizedTextDataModule(FileDataModule):
         cache_dir: str | None = None,
         tokenizer: str | None = None,
         seq_len: int = 128,
+        padding: Padding = "max_length",
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -110,7 +124,9 @@ class TokenizedTextDataModule(FileDataModule):
         self.vocab_size = len(self.tokenizer)
         special = self.tokenizer.num_special_tokens_to_add(pair=len(self.text_columns) == 2)
         check_at_least("seq_len", seq_len, special + len(self.text_columns))
-        self.seq_len = seq_len
+        if padding not in get_args(Padding):
+            raise ValueError(f"padding must be one of {', '.join(get_args(Padding))}, got {padding!r}")
+        self.seq_len, self.padding = seq_len, padding
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
                 f"the tokenizer {tokenizer} has no token for padding; set its pad_token, save it to a folder and give "
@@ -124,7 +140,7 @@ class TokenizedTextDataModule(FileDataModule):
 
     def dataset(self, tensors: dict[str, Tensor], rows: Tensor) -> Tokens:
         """Some rows of a split, as a map from a list of positions to a batch."""
-        return Tokens(tensors, rows, self.seq_len, self.tokenizer.pad_token_id)
+        return Tokens(tensors, rows, self.seq_len, self.tokenizer.pad_token_id, self.padding == "longest")
 
     def columns(self, table: Table) -> list[str]:
         """One column of texts, or two of pairs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -101,6 +101,20 @@ class PretrainedClassifier(nn.Module):
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         new = f"; new and random at first: {', '.join(sorted(self.new_weights))}" if self.new_weights else ""
         return f"pretrained: {self.pretrained}, {trained:,} parameters are trained{new}"
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor], class_names: Sequence[str]) -> None:
+        """Write what ``save_pretrained`` writes; of a prepared model, the layouts too.
+
+        Args:
+            folder: made if it is not there.
+            weights: of ``model``, whole, wherever its own lie.
+            class_names: for the config; one for each class, or none.
+        """
+        if class_names:
+            self.model.config.id2label = dict(enumerate(class_names))
+            self.model.config.label2id = {name: index for index, name in enumerate(class_names)}
+        with _quiet():
+            self.model.save_pretrained(folder, state_dict=dict(weights))
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Logits ``[B, classes]``; of the inputs, those that the model knows are passed on."""
