@@ -2,8 +2,9 @@
 
     python -m experiments.fine_tuning --config vit_cifar10.yaml -- --model.pretrained MODEL --data.path DATA
 
-What stands after ``--`` goes to ``python -m sat.train``, for both. Each run is kept in the results as it ends; the
-command given again goes on with those that are missing. Writes experiments/results/fine_tuning_CONFIG.json.
+What stands after ``--`` goes to ``python -m sat.train``, for both, but for ``--sparsity``, which dense training has
+not. Each run is kept in the results as it ends; the command given again goes on with those that are missing. Writes
+experiments/results/fine_tuning_CONFIG.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,12 @@ def train(config: str, method: str, seed: int, options: list[str]) -> dict[str, 
         subprocess.run(command, check=True)
         (summary,) = Path(folder).glob("*/*/summary.json")
         return json.loads(summary.read_text())
+
+
+def of_method(method: str, options: list[str]) -> list[str]:
+    """The options, each followed by its value, that mean something to a method."""
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [x for pair in pairs if method == "adaptive" or not pair[0].startswith("--sparsity.") for x in pair]
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -58,20 +66,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a config of a pretrained model, in configs/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs beside each other; times of steps are then no good")
     parser.add_argument("--name", help="in the file's name, instead of the config's")
     parser.add_argument("options", nargs="*", help="options of sat.train, after --")
     args = parser.parse_args()
+    if len(args.options) % 2:
+        parser.error("the options of sat.train come in pairs here: --name value")
     shown = " ".join(["--config", args.config, "--", *args.options])
     command = f"python -m experiments.fine_tuning {shown}"
     name = f"fine_tuning_{args.name or Path(args.config).stem}"
     out = record.RESULTS / f"{name}.json"
     runs: list[dict[str, Any]] = json.loads(out.read_text())["runs"] if out.is_file() else []
-    for seed in args.seeds:
-        for method in METHODS:
-            if any((run["method"], run["seed"], run["options"]) == (method, seed, args.options) for run in runs):
-                continue
-            summary = train(args.config, method, seed, args.options)
-            runs.append({"method": method, "seed": seed, "options": args.options, "summary": summary})
+    wanted = [(method, seed, of_method(method, args.options)) for seed in args.seeds for method in METHODS]
+    done = [(run["method"], run["seed"], of_method(run["method"], run["options"])) for run in runs]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        begun = {pool.submit(train, args.config, *each): each for each in wanted if each not in done}
+        for future in as_completed(begun):
+            method, seed, options = begun[future]
+            result = {"method": method, "seed": seed, "options": options, "jobs": args.jobs}
+            runs.append({**result, "summary": future.result()})
             record.save(name, command, {"runs": runs})
     print(table(runs))
     print(f"written to {out}")
