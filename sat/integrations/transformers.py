@@ -30,10 +30,10 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     transformers = None  # type: ignore[assignment]
-if transformers is None or int(transformers.__version__.split(".")[0]) < 5:
+if transformers is None or tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 10):
     found = "it is not installed" if transformers is None else f"{transformers.__version__} is installed"
     raise ImportError(
-        f"sat.integrations.transformers needs the package transformers, 5.0 or newer, and {found}; get it with "
+        f"sat.integrations.transformers needs the package transformers, 5.10 or newer, and {found}; get it with "
         f"pip install 'sat-sparse-attention[transformers]'"
     )
 
@@ -326,9 +326,6 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     Without padding None. Sliding windows, packed sequences and functions of the user become the mask that ``"sdpa"``
     gets, ``[B, 1, L, S]``.
     """
-    # Named differently in transformers 5.0, where the positions of the queries are a tensor.
-    positions = kwargs.get("cache_position")
-    queries = kwargs.get("q_length") if positions is None else positions.shape[0]
     function = kwargs.get("mask_function")
     bidirectional = function is bidirectional_mask_function and kwargs.get("allow_is_bidirectional_skip", False)
     # As many keys as queries, from the first key on: no cache, and the query's position is its row.
@@ -336,16 +333,16 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
         function is causal_mask_function
         and kwargs.get("allow_is_causal_skip", True)
         and kwargs.get("kv_offset", 0) == 0
-        and kwargs.get("kv_length") == queries
+        and kwargs.get("kv_length") == kwargs.get("q_length")
     )
     if args or not (bidirectional or causal):
         return sdpa_mask(*args, **kwargs)
     if kwargs.get("attention_mask") is None:
         return None
     # Padding is the same for every query, so that the mask of a single one says it all.
-    one: dict[str, Any] = {"q_length": 1, "q_offset": 0} if positions is None else {"cache_position": positions[:1]}
-    one |= {"mask_function": bidirectional_mask_function, "allow_is_causal_skip": False}
-    padding = sdpa_mask(**{**kwargs, **one, "allow_is_bidirectional_skip": True})
+    one: dict[str, Any] = {"q_length": 1, "q_offset": 0, "mask_function": bidirectional_mask_function}
+    one |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
+    padding = sdpa_mask(**kwargs | one)
     return padding[:, 0, 0] if causal and padding is not None else padding
 
 

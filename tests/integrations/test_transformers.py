@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import pickle
 import runpy
@@ -324,12 +323,7 @@ def test_masks_that_must_be_in_full_are() -> None:
     # A model that goes on to join its mask to another asks for all of it; its positions must not be told by is_causal.
     padding = torch.ones(2, 16, dtype=torch.bool)
     padding[0, 10:] = False
-    sizes: dict[str, Any] = {"batch_size": 2, "kv_length": 16, "attention_mask": padding}
-    sizes |= (
-        {"q_length": 16}
-        if "q_length" in inspect.signature(sdpa_mask).parameters
-        else {"cache_position": torch.arange(16)}
-    )
+    sizes: dict[str, Any] = {"batch_size": 2, "q_length": 16, "kv_length": 16, "attention_mask": padding}
     for function, skip in (
         (masking_utils.causal_mask_function, "allow_is_causal_skip"),
         (masking_utils.bidirectional_mask_function, "allow_is_bidirectional_skip"),
@@ -1028,13 +1022,13 @@ def test_masks_that_statistics_or_pruned_logits_cannot_serve() -> None:
     assert features(model, {**batch, "attention_mask": padding}).isfinite().all()
 
 
-@pytest.mark.parametrize("version", [None, "4.57.1"])
+@pytest.mark.parametrize("version", [None, "4.57.1", "5.9.0"])
 def test_without_transformers_a_sentence_says_what_to_install(
     version: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", version and SimpleNamespace(__version__=version))
     sentence = (
-        r"needs the package transformers, 5\.0 or newer, and .*pip install 'sat-sparse-attention\[transformers\]'"
+        r"needs the package transformers, 5\.10 or newer, and .*pip install 'sat-sparse-attention\[transformers\]'"
     )
     with pytest.raises(ImportError, match=sentence):
         runpy.run_path(integration.__file__)
