@@ -38,7 +38,7 @@ class SequenceDataModule(pl.LightningDataModule):
     Args:
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
         eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
+        num_workers: processes that prepare batches; 0 is enough where a batch takes about a millisecond, as of texts.
         seed: decides the order of the training samples, together with the epoch.
         train_samples: train on so many samples only, chosen at random; all when not given.
         eval_samples: validate and test on so many samples only, chosen at random; all when not given.

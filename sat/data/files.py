@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -28,13 +29,8 @@ class FileDataModule(SequenceDataModule):
     Args:
         path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
             parquet file; the hub when not given.
-        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
-        batch_size: samples in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
-        seed: decides the order of the training samples, together with the epoch.
-        train_samples: train on so many samples only, chosen at random; all when not given.
-        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        cache_dir: folder for the prepared data; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
+        kwargs: as of :class:`~sat.data.base.SequenceDataModule`.
     """
 
     hub_id: str | None = None
@@ -46,21 +42,9 @@ class FileDataModule(SequenceDataModule):
         *,
         path: str | None = None,
         cache_dir: str | None = None,
-        batch_size: int,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(**kwargs)
         self.path = path
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 

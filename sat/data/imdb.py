@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sat.data.texts import TextDataModule
 from sat.data.tokens import TokenizedTextDataModule
@@ -29,16 +30,9 @@ class IMDBBytes(TextDataModule):
     held out for validation, class-stratified (the Arena validates on its test samples); 25,000 test samples.
 
     Args:
-        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
-            parquet file; the hub when not given.
-        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         seq_len: bytes in a sequence: longer texts are cut, shorter ones padded.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
-        seed: decides the order of the training samples, together with the epoch.
-        train_samples: train on so many samples only, chosen at random; all when not given.
-        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        kwargs: as of :class:`~sat.data.texts.TextDataModule`.
     """
 
     dataset_name = "IMDB bytes"
@@ -48,27 +42,11 @@ class IMDBBytes(TextDataModule):
     def __init__(
         self,
         *,
-        path: str | None = None,
-        cache_dir: str | None = None,
         seq_len: int = 4000,
         batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            cache_dir=cache_dir,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(seq_len=seq_len, batch_size=batch_size, **kwargs)
 
     def encoding(self) -> Sequence[int | str]:
         """The tokens of a text depend on where it is cut, and on the bytes of a character."""

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -37,14 +38,9 @@ class INaturalist(ImageDataModule):
         path: local folder in one of these forms, or a single parquet file.
         hub_id: a data set on the hub with ``image`` and ``label`` columns, used when there is no path.
         num_classes: classes in the source; must be given when there are not 14, the original's super-categories.
-        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         image_size: edge of the pictures in pixels; others are resized, bilinearly.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
-        seed: decides the order of the training samples, together with the epoch.
-        train_samples: train on so many samples only, chosen at random; all when not given.
-        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        kwargs: as of :class:`~sat.data.pictures.ImageDataModule`.
 
     Raises:
         ValueError: an argument is out of range, or there is neither a path nor a hub id.
@@ -59,26 +55,11 @@ class INaturalist(ImageDataModule):
         path: str | None = None,
         hub_id: str | None = None,
         num_classes: int = 14,
-        cache_dir: str | None = None,
         image_size: int = 32,
         batch_size: int = 512,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            cache_dir=cache_dir,
-            image_size=image_size,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(path=path, image_size=image_size, batch_size=batch_size, **kwargs)
         check_at_least("num_classes", num_classes, 2)
         if path is None and hub_id is None:
             raise ValueError(

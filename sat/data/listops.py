@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,18 +44,13 @@ class ListOps(TextDataModule):
 
     Args:
         path: folder with the released files; expressions are drawn when not given.
-        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         seq_len: tokens in a sequence; shorter expressions are padded, longer ones are refused.
         min_length: drawn expressions have more tokens than this.
         max_length: drawn expressions have fewer tokens than this.
         num_samples: expressions to draw, of all splits together.
         draw_seed: decides which expressions are drawn.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
-        seed: decides the order of the training samples, together with the epoch.
-        train_samples: train on so many samples only, chosen at random; all when not given.
-        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        kwargs: as of :class:`~sat.data.texts.TextDataModule`.
 
     Raises:
         ValueError: an argument is out of range, or no such expressions can be drawn.
@@ -68,30 +64,15 @@ class ListOps(TextDataModule):
         self,
         *,
         path: str | None = None,
-        cache_dir: str | None = None,
         seq_len: int = 2048,
         min_length: int = 500,
         max_length: int = 2000,
         num_samples: int = 100_000,
         draw_seed: int = 0,
         batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            cache_dir=cache_dir,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(path=path, seq_len=seq_len, batch_size=batch_size, **kwargs)
         check_at_least("min_length", min_length, 3)  # the shortest operation, [MIN 1 2 ], has 4 tokens
         check_at_least("max_length", max_length, min_length + 2)
         check_at_least("num_samples", num_samples, 50)  # below, 2 % are none

@@ -49,16 +49,9 @@ class ImageDataModule(FileDataModule):
     """Pictures, one gray pixel a token, row by row: ``seq_len`` is ``image_size ** 2``.
 
     Args:
-        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
-            parquet file; the hub when not given.
-        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         image_size: edge of the pictures in pixels; others are resized, bilinearly.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
-        seed: decides the order of the training samples, together with the epoch.
-        train_samples: train on so many samples only, chosen at random; all when not given.
-        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        kwargs: as of :class:`~sat.data.files.FileDataModule`.
     """
 
     vocab_size = 256
@@ -70,26 +63,11 @@ class ImageDataModule(FileDataModule):
     def __init__(
         self,
         *,
-        path: str | None = None,
-        cache_dir: str | None = None,
         image_size: int = 32,
         batch_size: int = 256,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            cache_dir=cache_dir,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(batch_size=batch_size, **kwargs)
         check_at_least("image_size", image_size, 1)
         self.image_size = image_size
         self.seq_len = image_size**2
@@ -167,20 +145,13 @@ class ColorImageDataModule(ImageDataModule):
     the stored one, resized bilinearly; and ``labels`` int64 ``[B]``.
 
     Args:
-        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
-            parquet file; the hub when not given.
-        cache_dir: folder for the prepared pixels; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         processor: folder or hub name of the model whose image processor says mean, standard deviation and size; that of
             model.pretrained when not given.
         image_size: edge in pixels to which the pictures are resized; that of the image processor when not given.
         augment: change the training pictures at random: flipped from left to right half of the time, and shifted by up
             to an eighth of their size in any direction.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches.
-        seed: decides the order of the training samples, together with the epoch, and how they are changed.
-        train_samples: train on so many samples only, chosen at random; all when not given.
-        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        kwargs: as of :class:`ImageDataModule`.
 
     Raises:
         ValueError: an argument is out of range, no processor is given, or its file cannot be read.
@@ -194,29 +165,13 @@ class ColorImageDataModule(ImageDataModule):
     def __init__(
         self,
         *,
-        path: str | None = None,
-        cache_dir: str | None = None,
         processor: str | None = None,
         image_size: int | None = None,
         augment: bool = False,
         batch_size: int = 128,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            cache_dir=cache_dir,
-            image_size=self.stored_size,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(image_size=self.stored_size, batch_size=batch_size, **kwargs)
         check_at_least("image_size", image_size, 1)
         if processor is None:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,14 +61,9 @@ class Retrieval(TextDataModule):
 
     Args:
         path: folder with the three released files.
-        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         seq_len: bytes of each of the two texts: longer ones are cut, shorter ones padded.
         batch_size: pairs in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: pairs in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
-        seed: decides the order of the training samples, together with the epoch.
-        train_samples: train on so many pairs only, chosen at random; all when not given.
-        eval_samples: validate and test on so many pairs only, chosen at random; all when not given.
+        kwargs: as of :class:`~sat.data.texts.TextDataModule`.
 
     Raises:
         ValueError: an argument is out of range, or there is no path.
@@ -81,26 +77,11 @@ class Retrieval(TextDataModule):
         self,
         *,
         path: str | None = None,
-        cache_dir: str | None = None,
         seq_len: int = 4000,
         batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            cache_dir=cache_dir,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(path=path, seq_len=seq_len, batch_size=batch_size, **kwargs)
         if path is None:
             raise ValueError(
                 "the pairs of Retrieval are in no library that could fetch them; download lra_release.gz from "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,16 +50,9 @@ class TextDataModule(FileDataModule):
     padding. An empty text counts as one space, so that every sample has a token to attend to.
 
     Args:
-        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
-            parquet file; the hub when not given.
-        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         seq_len: characters in a sequence: longer texts are cut, shorter ones padded.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
-        seed: decides the order of the training samples, together with the epoch.
-        train_samples: train on so many samples only, chosen at random; all when not given.
-        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        kwargs: as of :class:`~sat.data.files.FileDataModule`.
     """
 
     vocab_size = 257
@@ -68,26 +62,11 @@ class TextDataModule(FileDataModule):
     def __init__(
         self,
         *,
-        path: str | None = None,
-        cache_dir: str | None = None,
         seq_len: int = 1024,
         batch_size: int = 512,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            cache_dir=cache_dir,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(batch_size=batch_size, **kwargs)
         check_at_least("seq_len", seq_len, 1)
         self.seq_len = seq_len
 

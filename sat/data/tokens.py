@@ -66,19 +66,12 @@ class TokenizedTextDataModule(FileDataModule):
     more, everywhere in the model. The results are the same, up to the order of sums.
 
     Args:
-        path: local folder with train*.parquet and, if there are, validation*.parquet and test*.parquet, or a single
-            parquet file; the hub when not given.
-        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         tokenizer: folder or hub name of the tokenizer; that of model.pretrained when not given.
         seq_len: tokens in a sequence, special tokens included: longer texts are cut, shorter ones padded.
-        padding: ``max_length``, or ``longest``: only as long as the longest text of a batch needs, rounded up to a
-            multiple of 64.
+        padding: how long a batch is: ``max_length``, as ``seq_len`` says, or ``longest``, as its longest text needs,
+            rounded up to a multiple of 64.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
-        seed: decides the order of the training samples, together with the epoch.
-        train_samples: train on so many samples only, chosen at random; all when not given.
-        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        kwargs: as of :class:`~sat.data.files.FileDataModule`.
 
     Raises:
         ValueError: an argument is out of range, or there is no tokenizer that can be read.
@@ -93,28 +86,13 @@ class TokenizedTextDataModule(FileDataModule):
     def __init__(
         self,
         *,
-        path: str | None = None,
-        cache_dir: str | None = None,
         tokenizer: str | None = None,
         seq_len: int = 128,
         padding: Padding = "max_length",
         batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            cache_dir=cache_dir,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(batch_size=batch_size, **kwargs)
         if tokenizer is None:
             raise ValueError(
                 f"{self.dataset_name} needs the tokenizer of a model; set model.pretrained or --data.tokenizer to a "

@@ -255,5 +255,5 @@ def test_every_argument_is_explained_on_the_command_line(name: str):
     assert ({"processor", "augment"} <= options) == (name == "cifar10_rgb")
     assert ("must be given when there are not 14" in text) == (name == "inaturalist")
     for option in options:
-        value = option.upper() if option != "augment" else "{true,false}"
+        value = {"augment": "{true,false}", "padding": "{max_length,longest}"}.get(option, option.upper())
         assert re.search(rf"--data\.{option} {value} \w", text), f"{option} has no explanation"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,18 +39,13 @@ class Pathfinder(ImageDataModule):
 
     Args:
         path: folder of pictures in the released form; they are drawn when not given.
-        cache_dir: folder for the prepared tokens; $XDG_CACHE_HOME/sat or ~/.cache/sat when not given.
         image_size: edge of the pictures in pixels; released ones of another size are refused.
         num_samples: pictures to draw, of all splits together.
         contour_length: paddles of each of the two contours; 14 when not given (at 16 pixels: 5).
         num_distractors: short contours that distract, as many as fit; the Arena's number when not given.
         draw_seed: decides which pictures are drawn.
         batch_size: samples in a training batch, per process. Incomplete training batches are left out.
-        eval_batch_size: samples in a validation or test batch, per process; ``batch_size`` when not given.
-        num_workers: processes that prepare batches; 0 is enough, since a batch takes about a millisecond.
-        seed: decides the order of the training samples, together with the epoch.
-        train_samples: train on so many samples only, chosen at random; all when not given.
-        eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        kwargs: as of :class:`~sat.data.pictures.ImageDataModule`.
 
     Raises:
         ValueError: an argument is out of range, or such contours do not fit.
@@ -64,30 +60,15 @@ class Pathfinder(ImageDataModule):
         self,
         *,
         path: str | None = None,
-        cache_dir: str | None = None,
         image_size: int = 32,
         num_samples: int = 200_000,
         contour_length: int | None = None,
         num_distractors: int | None = None,
         draw_seed: int = 0,
         batch_size: int = 256,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_samples: int | None = None,
-        eval_samples: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            path=path,
-            cache_dir=cache_dir,
-            image_size=image_size,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            train_samples=train_samples,
-            eval_samples=eval_samples,
-        )
+        super().__init__(path=path, image_size=image_size, batch_size=batch_size, **kwargs)
         check_at_least("num_samples", num_samples, 10)  # below, a tenth is none
         check_at_least("draw_seed", draw_seed, 0)
         self.num_samples, self.draw_seed = num_samples, draw_seed
