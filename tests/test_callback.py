@@ -113,7 +113,7 @@ def test_learning_rate_factor_leaves_the_scheduler_alone(tmp_path, scheduler):
 def test_learning_rate_is_restored_and_hooks_are_removed(tmp_path):
     sparsity = always(lr_factor=0.5)
     module = fit(tmp_path, sparsity)
-    assert not sparsity._hooks
+    assert not sparsity._factor._hooks
     assert module.rates[-1] == pytest.approx(0.05)
 
 

@@ -1,7 +1,8 @@
 """Floor 2: how sparsity is learned. Knows nothing of trainers and models, and of attention modules only a protocol."""
 
-from sat.sparsity.controller import Phase, Revision, SparsityController, Transition
+from sat.sparsity.controller import Phase, SparsityController
 from sat.sparsity.criterion import Criterion, Verdict
+from sat.sparsity.events import Revision, Transition
 from sat.sparsity.masks import BilinearMask, DirectMask, FisherMask, GramMask, MaskLearner, MaskName, make_mask
 from sat.sparsity.phases import SparsityPhases
 from sat.sparsity.pooled import PooledAttention

@@ -6,19 +6,21 @@ stay where they came from.
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from sat.layout import BlockLayout
-from sat.sparsity.criterion import Criterion, Verdict
+from sat.sparsity.criterion import Criterion
+from sat.sparsity.events import Revision, Transition
+from sat.sparsity.layers import Layer, change_layouts, fit_fisher, or_nan
 from sat.sparsity.masks import FisherMask, MaskLearner, MaskName, make_mask
 from sat.sparsity.selection import add_blocks, check_selection, revise_blocks, select_blocks
 from sat.sparsity.selection import agreement as agreement_of
+from sat.sparsity.settings import check_settings, check_spion
 from sat.sparsity.spion import spion_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass
 
@@ -29,67 +31,6 @@ Phase = Literal["dense", "sparse"]
 
 # What revise_blocks shares with select_blocks.
 _REVISED_BY = ("keep_diagonal", "min_blocks_per_row", "keep_first", "causal", "share_budget")
-
-logger = logging.getLogger(__name__)
-
-
-class Transition(NamedTuple):
-    """One layer leaves the dense phase.
-
-    Attributes:
-        layer: its index.
-        layout: the blocks it keeps, on the CPU; 1 head when the layout is shared.
-        step: optimizer steps done.
-        forced: ``max_dense_steps`` was reached without the criterion.
-        missing: what this layer's criterion lacked at a forced transition; empty if this layer was ready itself.
-        density: kept blocks over all blocks, 0 to 1.
-        captured_mass: share of the attention mass that the kept blocks hold.
-        best_mass: the largest share that as many blocks could hold.
-        empty_rows: block rows without a block, summed over the layout's heads.
-        skewness: what the criterion compared with theta.
-        relative_change: what the criterion compared with delta, in percent; nan if too early to tell.
-    """
-
-    layer: int
-    layout: BlockLayout
-    step: int
-    forced: bool
-    missing: str
-    density: float
-    captured_mass: float
-    best_mass: float
-    empty_rows: int
-    skewness: float
-    relative_change: float
-
-
-class Revision(NamedTuple):
-    """One sparse layer's layout changes.
-
-    Attributes:
-        layer: its index; what it keeps from now on is in the controller's ``layouts``.
-        step: optimizer steps done.
-        new_blocks: share of its blocks that it did not keep before, 0 to 1.
-        density: kept blocks over all blocks, 0 to 1; with ``share_budget`` layers gain or lose some.
-    """
-
-    layer: int
-    step: int
-    new_blocks: float
-    density: float
-
-
-class _Layer:
-    """One layer's part of the state: dense as long as it has no layout."""
-
-    def __init__(self, history: LayerHistory, learner: MaskLearner | FisherMask | None) -> None:
-        self.history = history
-        self.learner = learner  # None under "spion", which learns nothing, and in a sparse phase without revisions
-        self.verdict = Verdict(False, 0, "no observation yet")
-        self.choices: list[Tensor] = []  # of the latest observations, oldest first, where their agreement is the rule
-        self.agreement: float | None = None
-        self.layout: BlockLayout | None = None
-        self.transition_step: int | None = None
 
 
 class SparsityController:
@@ -198,9 +139,9 @@ class SparsityController:
         self.keep_scores = keep_scores or revise_interval is not None
         self._revised_at: int | None = None
         self.gave_up_at: int | None = None  # the step at which training went back to dense attention, for good
-        self._check_settings()
+        check_settings(self)
         if mask == "spion":
-            self._check_spion(density, coverage, per_head)
+            check_spion(self, density, coverage)
         else:
             check_selection(density, coverage, min_density, max_density, min_blocks_per_row, self.grid[1])
             if quantile is not None:
@@ -218,69 +159,7 @@ class SparsityController:
         }
         # One generator for all layers in turn: they start differently, and the same for the same seed.
         generator = torch.Generator("cpu").manual_seed(seed)
-        self._layers = [_Layer(LayerHistory(smoothing), self._learner(generator)) for _ in range(num_layers)]
-
-    def _check_settings(self) -> None:
-        at_least_one = {
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "block_size": self.block_size,
-            "the query length": self.lengths[0],
-            "the key length": self.lengths[1],
-            "mask_steps": self.mask_steps,
-        }
-        for name, value in at_least_one.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        expected = (-(-self.lengths[0] // self.block_size), -(-self.lengths[1] // self.block_size))
-        if self.grid != expected:
-            raise ValueError(
-                f"grid is {self.grid}, but {self.lengths[0]} queries and {self.lengths[1]} keys in blocks of "
-                f"{self.block_size} make {expected}; give that, or another block_size"
-            )
-        if not 0 < self.mask_lr < math.inf:
-            raise ValueError(f"mask_lr must be above 0 and finite, got {self.mask_lr}; 0.05 fits within 100 steps")
-        if not 0 <= self.keep_first_tokens <= min(self.lengths):
-            raise ValueError(
-                f"keep_first_tokens must be 0 to {min(self.lengths)}, the tokens of a sequence, got "
-                f"{self.keep_first_tokens}; 1 keeps the CLS token"
-            )
-        if self.min_dense_steps < 0:
-            raise ValueError(f"min_dense_steps must be at least 0, got {self.min_dense_steps}; 0 sets no minimum")
-        if self.max_dense_steps is not None and self.max_dense_steps < max(1, self.min_dense_steps):
-            raise ValueError(
-                f"max_dense_steps must be at least 1 and at least min_dense_steps ({self.min_dense_steps}), got "
-                f"{self.max_dense_steps}; None waits for the criterion without end"
-            )
-        if self.share_budget and self.per_layer:
-            raise ValueError(
-                "share_budget compares the layers' blocks with each other, so all layers must leave the dense phase "
-                "together; set per_layer to False"
-            )
-
-        if self.revise_interval is not None:
-            if self.revise_interval < 1:
-                raise ValueError(f"revise_interval must be at least 1 step, got {self.revise_interval}; None: never")
-            if not 0 < self.revise_share <= 1:
-                raise ValueError(f"revise_share must be above 0 and at most 1, got {self.revise_share}")
-            if self.mask != "fisher":
-                raise ValueError(
-                    f"revise_interval needs mask='fisher', which can tell what a missing block would be worth; got "
-                    f"mask={self.mask!r}"
-                )
-
-    def _check_spion(self, density: float | None, coverage: float | None, per_head: bool) -> None:
-        if self.quantile is None or not 0 <= self.quantile < 1:
-            raise ValueError(f"mask='spion' needs a quantile, at least 0 and below 1, got {self.quantile}; try 0.96")
-        if density is not None or coverage is not None:
-            raise ValueError(
-                f"mask='spion' keeps what lies above its quantile, so leave density and coverage away, got "
-                f"density={density} and coverage={coverage}"
-            )
-        if per_head:
-            raise ValueError("mask='spion' reads the score matrix, a mean over heads; it has no layouts per_head")
-        if self.share_budget:
-            raise ValueError("mask='spion' keeps what lies above its quantile; it has no budget to share_budget of")
+        self._layers = [Layer(LayerHistory(smoothing), self._learner(generator)) for _ in range(num_layers)]
 
     def _learner(self, generator: torch.Generator) -> MaskLearner | FisherMask | None:
         if self.mask == "spion":
@@ -296,6 +175,11 @@ class SparsityController:
     def phase(self, layer: int) -> Phase:
         """The layer's phase, from stored state."""
         return "dense" if self._layers[layer].layout is None else "sparse"
+
+    @property
+    def _shape(self) -> list[int]:
+        """Of what is measured block by block."""
+        return [self.num_heads, *self.grid]
 
     @property
     def all_sparse(self) -> bool:
@@ -339,11 +223,11 @@ class SparsityController:
         """
         return [
             {
-                "skewness": _or_nan(layer.history.skewness),
-                "distance": _or_nan(layer.history.distance),
-                "relative_change": _or_nan(layer.history.relative_change),
+                "skewness": or_nan(layer.history.skewness),
+                "distance": or_nan(layer.history.distance),
+                "relative_change": or_nan(layer.history.relative_change),
                 "met": float(layer.verdict.met),
-                **({} if self.criterion.agreement is None else {"agreement": _or_nan(layer.agreement)}),
+                **({} if self.criterion.agreement is None else {"agreement": or_nan(layer.agreement)}),
             }
             for layer in self._layers
         ]
@@ -376,7 +260,7 @@ class SparsityController:
         matrices = {index: self._checked(step, index, statistics[index]) for index in dense}
 
         if self.mask == "fisher":
-            self._fit_fisher(step, {index: statistics[index].sensitivity for index in dense})
+            fit_fisher(self._layers, step, {index: statistics[index].sensitivity for index in dense}, self._shape)
         for index in dense:
             layer, observed = self._layers[index], statistics[index]
             layer.history.update(matrices[index], observed.skewness.item())
@@ -404,7 +288,7 @@ class SparsityController:
 
     def _compare_choices(self, pooled: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """What would be chosen now, and how far it agrees with earlier choices; nothing if no choice is possible."""
-        if any(isinstance(x, FisherMask) and not x.weight for x in (self._layers[index].learner for index in pooled)):
+        if any(self._layers[index].nothing_learned for index in pooled):
             return {}
         kept = self._choose_blocks(pooled)
         fixed = {name: self._selection[name] for name in ("keep_diagonal", "keep_first", "causal")}
@@ -434,7 +318,7 @@ class SparsityController:
                 f"a revision needs the sensitivities of all {self.num_layers} layers, got those of "
                 f"{sorted(sensitivities)} at step {step}"
             )
-        self._fit_fisher(step, sensitivities)
+        fit_fisher(self._layers, step, sensitivities, self._shape)
         assert self.revise_interval is not None
         latest = self._revised_at
         if latest is None:
@@ -443,7 +327,7 @@ class SparsityController:
             return []
         self._revised_at = step
         settings = {name: self._selection[name] for name in _REVISED_BY} | {"share": self.revise_share}
-        return self._change(step, lambda kept, scores: revise_blocks(kept, scores, **settings))
+        return change_layouts(self._layers, step, partial(revise_blocks, **settings), self.share_budget)
 
     def add_blocks(self, step: int) -> list[Revision]:
         """Keep twice as many blocks, the new ones by what the masks have learned, as long as that is less than half.
@@ -460,7 +344,7 @@ class SparsityController:
         if 2 * kept >= self.num_layers * allowed.sum().item() / 2:
             return []
         settings = {name: self._selection[name] for name in ("causal", "share_budget")}
-        return self._change(step, lambda kept, scores: add_blocks(kept, scores, **settings))
+        return change_layouts(self._layers, step, partial(add_blocks, **settings), self.share_budget)
 
     def give_up(self, step: int) -> None:
         """Go back to dense attention in every layer, for good.
@@ -472,51 +356,6 @@ class SparsityController:
         for layer in self._layers:
             layer.layout = layer.transition_step = None
 
-    def _change(self, step: int, change: Callable[[Tensor, Tensor], Tensor]) -> list[Revision]:
-        """Give every layer the layout that follows from its present one and its scores."""
-        before, scores = [], []
-        for layer in self._layers:
-            if layer.layout is None or layer.learner is None:
-                return []
-            if isinstance(layer.learner, FisherMask) and not layer.learner.weight:
-                return []  # no gradient was observed, as the log says
-            before.append(layer.layout.mask)
-            scores.append(layer.learner.scores())
-        if self.share_budget:
-            after = change(torch.cat(before), torch.cat(scores)).split(len(before[0]))
-        else:
-            after = tuple(change(kept, each) for kept, each in zip(before, scores, strict=True))
-        revisions = []
-        for index, (old, new) in enumerate(zip(before, after, strict=True)):
-            if torch.equal(old, new):
-                continue
-            self._layers[index].layout = layout = BlockLayout(new.clone(), self.block_size)
-            new_blocks = int((new & ~old).sum()) / max(layout.nnz, 1)
-            revisions.append(Revision(index, step, new_blocks, layout.density))
-        return revisions
-
-    def _fit_fisher(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> None:
-        """Let the Fisher masks take in what a backward pass has left, as shares of the sum over the layers."""
-        found = {}
-        for index, sensitivity in sensitivities.items():
-            expected = [self.num_heads, *self.grid]
-            if sensitivity is None or list(sensitivity.shape) != expected:
-                given = "none" if sensitivity is None else f"the shape {list(sensitivity.shape)}"
-                raise ValueError(
-                    f"layer {index} at step {step}: mask='fisher' needs the sensitivity of the blocks, {expected}, got "
-                    f"{given}; it is measured in a backward pass through the attention"
-                )
-            found[index] = sensitivity.detach().to("cpu", torch.float64)
-        total = float(sum(x.sum() for x in found.values()))
-        if not 0 < total < math.inf:
-            # Ordinary in float16, where the scaler of the loss leaves out a step whose gradients overflow.
-            logger.warning("no gradient observed at step %d: the loss depends on the blocks by %g", step, total)
-            return
-        for index, sensitivity in found.items():
-            learner = self._layers[index].learner
-            assert isinstance(learner, FisherMask)
-            learner.fit(sensitivity / total)
-
     def _checked(self, step: int, index: int, statistics: AttentionStatistics) -> Tensor:
         """The score matrix of statistics that are whole and finite."""
         matrix = statistics.score_matrix
@@ -525,7 +364,7 @@ class SparsityController:
                 f"layer {index} at step {step}: the statistics have no score matrix, which the distance is measured "
                 f"on; ask for it with attention_statistics(..., score_matrix=True)"
             )
-        expected = {"pooled": [self.num_heads, *self.grid], "skewness": [], "score_matrix": list(self.lengths)}
+        expected = {"pooled": self._shape, "skewness": [], "score_matrix": list(self.lengths)}
         for name, shape in expected.items():
             value: Tensor = getattr(statistics, name)
             if list(value.shape) != shape:
@@ -544,7 +383,7 @@ class SparsityController:
             layer = self._layers[index]
             if layer.learner is None:
                 return {index: self._spion_blocks(self._layers[index]) for index in pooled}
-            if isinstance(layer.learner, FisherMask) and not layer.learner.weight:
+            if layer.nothing_learned:
                 raise FloatingPointError(
                     f"layer {index}: no observation had a finite gradient other than 0, so mask='fisher' cannot tell "
                     f"blocks apart; look for a diverged loss, or use mask='direct'"
@@ -558,7 +397,7 @@ class SparsityController:
         selected = (select_blocks(s, mass=m, **self._selection) for s, m in zip(scores, masses, strict=True))
         return dict(zip(pooled, selected, strict=True))
 
-    def _spion_blocks(self, layer: _Layer) -> Tensor:
+    def _spion_blocks(self, layer: Layer) -> Tensor:
         assert layer.history.score_matrix is not None
         assert self.quantile is not None
         kept = spion_blocks(layer.history.score_matrix[None], self.block_size, self.quantile).cpu()
@@ -584,8 +423,8 @@ class SparsityController:
             captured_mass=captured_mass(pooled, kept, self.block_size, *self.lengths),
             best_mass=best_mass(pooled, kept, self.block_size, *self.lengths),
             empty_rows=int((~kept.any(2)).sum()),
-            skewness=_or_nan(layer.history.skewness),
-            relative_change=_or_nan(layer.history.relative_change),
+            skewness=or_nan(layer.history.skewness),
+            relative_change=or_nan(layer.history.relative_change),
         )
 
     # What is saved.
@@ -609,20 +448,10 @@ class SparsityController:
         It loads with ``torch.load(weights_only=True)`` and does not change with further observations. As long as a
         layer is dense, it includes the layer's score matrix ``[L, S]``, on its device.
         """
-        layers = []
-        for layer in self._layers:
-            state: dict[str, Any] = {"history": layer.history.state_dict(), "verdict": layer.verdict._asdict()}
-            if layer.learner is not None:
-                state["learner"] = layer.learner.state_dict()
-            if self.criterion.agreement is not None:
-                state["choices"] = [choice.clone() for choice in layer.choices]
-                state["agreement"] = _or_nan(layer.agreement)
-            if layer.layout is not None:
-                state["layout"] = layer.layout.mask.clone()
-                state["transition_step"] = layer.transition_step
-            layers.append(state)
+        choices = self.criterion.agreement is not None
         steps = {"revised_at": self._revised_at, "gave_up_at": self.gave_up_at}
         happened = {name: step for name, step in steps.items() if step is not None}
+        layers = [layer.state_dict(choices) for layer in self._layers]
         return {"structure": self._structure(), "layers": layers, **happened}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -642,24 +471,6 @@ class SparsityController:
                 )
         self._revised_at, self.gave_up_at = state.get("revised_at"), state.get("gave_up_at")
         for layer, saved in zip(self._layers, state["layers"], strict=True):
-            layer.history.load_state_dict(saved["history"])
-            layer.verdict = Verdict(**saved["verdict"])
-            layer.choices = [choice.to("cpu", copy=True) for choice in saved.get("choices", [])]
-            layer.choices = layer.choices[-self.criterion.agreement_lag :]
-            layer.agreement = saved.get("agreement", math.nan)
-            layer.agreement = None if math.isnan(layer.agreement) else layer.agreement
-            layer.learner, layer.layout, layer.transition_step = None, None, saved.get("transition_step")
-            if "layout" in saved:
-                layer.layout = BlockLayout(saved["layout"].to("cpu", copy=True), self.block_size)
-            if layer.layout is not None and not self.keep_scores:
-                continue
-            learner = self._learner(torch.Generator("cpu"))
-            if learner is not None and (layer.layout is None or "learner" in saved):
-                learner.load_state_dict(saved["learner"])
-            elif not isinstance(learner, FisherMask):
-                learner = None  # it is wanted only from now on, and what it would learn from is over
-            layer.learner = learner
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
+            wanted = "layout" not in saved or self.keep_scores
+            learner = self._learner(torch.Generator("cpu")) if wanted else None
+            layer.load_state_dict(saved, self.block_size, self.criterion.agreement_lag, learner)

@@ -10,47 +10,26 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sat.layout import BlockLayout
-from sat.sparsity.controller import Revision, SparsityController, Transition
+from sat.sparsity.controller import SparsityController
+from sat.sparsity.events import Revision, Transition
+from sat.sparsity.guard import Guard
+from sat.sparsity.learning_rate import LearningRateFactor
 from sat.sparsity.masks import MaskName
 from sat.sparsity.pooled import PooledAttention
 from sat.sparsity.processes import Observed, check_same_layouts, mean_over_processes, merged
-
-if TYPE_CHECKING:  # the type only: importing the operators would load Triton
-    from sat.ops.types import AttentionStatistics
+from sat.sparsity.watched import Attention, left_by
 
 logger = logging.getLogger(__name__)
 
 # Of what state_dict() gives. States without a version are older than the first release, and alike.
 STATE_VERSION = 1
-
-
-class Attention(Protocol):
-    """What an attention module must have; :class:`sat.attention.AdaptiveAttention` has it."""
-
-    num_heads: int
-    seq_len: int
-    block_size: int
-    is_causal: bool
-    observe_samples: int
-    observed_samples: int
-    statistics: AttentionStatistics | None
-    layout_mask: Tensor
-    block_gate: Tensor | None
-
-    @property
-    def is_sparse(self) -> bool: ...  # noqa: D102
-
-    @property
-    def layout(self) -> BlockLayout | None: ...  # noqa: D102
-
-    def set_layout(self, layout: BlockLayout | None) -> None: ...  # noqa: D102
 
 
 class SparsityPhases:
@@ -148,6 +127,7 @@ class SparsityPhases:
         if guard_patience < 1:
             raise ValueError(f"guard_patience must be at least 1 validation, got {guard_patience}")
         self.guard, self.guard_patience = guard, guard_patience
+        self._guard = Guard(guard, guard_patience)
         self.interval, self.samples, self.lr_factor = interval, samples, lr_factor
         self.theta = theta if agreement is None else None
         self.delta = delta if agreement is None else None
@@ -190,13 +170,11 @@ class SparsityPhases:
         self.revisions: list[Revision] = []
         self.history: list[dict[str, Any]] = []
         self.pooled: dict[int, PooledAttention] = {}  # of the layers that switched with the latest batch
-        self._best_dense_loss, self._latest_loss, self._worse = math.inf, math.nan, 0
         self._steps = 0  # optimizer steps; trainer.global_step counts those of every optimizer
         self._rank, self._world_size = 0, 1
         self._passed = 0  # sequences of the whole batch that earlier batches of the accumulation had, in all processes
         self._observed: dict[int, Observed] = {}  # so far in this optimizer step
-        self._unscaled: dict[Optimizer, list[Any]] = {}
-        self._hooks: list[Any] = []
+        self._factor = LearningRateFactor(lr_factor, self._scales_lr)
 
     @property
     def layouts(self) -> dict[str, BlockLayout]:
@@ -224,7 +202,7 @@ class SparsityPhases:
         if self.controller is not None and [*map(id, attentions.values())] == [*map(id, self.attentions.values())]:
             return
         self.attentions, self._steps = dict(attentions), 0
-        self._best_dense_loss, self._latest_loss, self._worse = math.inf, math.nan, 0
+        self._guard.reset()
         self.transitions, self.revisions, self.history = [], [], []
         if not self.attentions:
             raise ValueError(
@@ -269,33 +247,15 @@ class SparsityPhases:
     # The learning rate.
 
     def attach_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
-        """Let the learning-rate factor act on optimizers.
-
-        It acts for the duration of a step only, so that the optimizer and its scheduler live on unchanged, whatever
-        scheduler it is.
-        """
-        self.detach_optimizers()  # of a training that was broken off
-        for optimizer in optimizers:
-            self._hooks.append(optimizer.register_step_pre_hook(self._scale_lr))
-            self._hooks.append(optimizer.register_step_post_hook(self._restore_lr))
+        """Let the learning-rate factor act on optimizers, see :class:`LearningRateFactor`."""
+        self._factor.attach(optimizers)
 
     def detach_optimizers(self) -> None:
-        """Take the hooks off the optimizers; a step that failed has not restored its learning rate."""
-        for optimizer in list(self._unscaled):
-            self._restore_lr(optimizer)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        """Leave the optimizers as they were; a step that failed has not restored its learning rate."""
+        self._factor.detach()
 
-    def _scale_lr(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.all_sparse:
-            self._unscaled[optimizer] = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self.lr_factor
-
-    def _restore_lr(self, optimizer: Optimizer, *_: Any) -> None:
-        for group, lr in zip(optimizer.param_groups, self._unscaled.pop(optimizer, []), strict=False):
-            group["lr"] = lr
+    def _scales_lr(self) -> bool:
+        return self.all_sparse
 
     # What happens.
 
@@ -308,7 +268,7 @@ class SparsityPhases:
         """
         assert self.controller is not None
         self.pooled = {}
-        if begins_step and self.guard is not None and self._worse >= self.guard_patience:
+        if begins_step and self._guard.alarmed:
             self._act_as_guard()
         if begins_step:
             self._passed, self._observed = 0, {}
@@ -341,7 +301,7 @@ class SparsityPhases:
         attentions = list(self.attentions.values())
         for index, attention in enumerate(attentions):
             attention.observe_samples = 0
-            if values := _left_by(attention):
+            if values := left_by(attention):
                 part = Observed(attention.observed_samples, values)
                 self._observed[index] = merged(self._observed.get(index), part)
             attention.statistics = attention.block_gate = None
@@ -391,27 +351,15 @@ class SparsityPhases:
         """
         if self.controller is None or self.controller.gave_up_at is not None:
             return
-        if not self.all_sparse:
-            if loss < self._best_dense_loss and not self.layouts:
-                self._best_dense_loss = loss
-            return
-        if self.guard is None:
-            return
-        if self._best_dense_loss == math.inf:
-            if self._rank == 0:
-                logger.warning(
-                    "guard=%g does nothing: there was no validation in the dense phase to compare with; validate more "
-                    "often, or raise min_dense_steps", self.guard,
-                )  # fmt: skip
-            return
-        # A loss of NaN is not within the margin either.
-        self._worse = 0 if loss <= self._best_dense_loss + self.guard else self._worse + 1
-        self._latest_loss = loss
+        if self.all_sparse:
+            self._guard.in_sparse_phase(loss, says=self._rank == 0)
+        elif not self.layouts:
+            self._guard.in_dense_phase(loss)
 
     def _act_as_guard(self) -> None:
         """The sparse phase has been worse than the dense one for too long: keep more blocks, or all of them."""
         assert self.controller is not None
-        self._worse = 0
+        self._guard.worse = 0
         revisions = self.controller.add_blocks(self._steps)
         self._take_over(revisions)
         if revisions:
@@ -425,7 +373,7 @@ class SparsityPhases:
         if self._rank == 0:
             logger.warning(
                 "step %d: the validation loss, %.4f, stays more than %g above the best of the dense phase, %.4f; "
-                "training %s", self._steps, self._latest_loss, self.guard, self._best_dense_loss, action,
+                "training %s", self._steps, self._guard.latest_loss, self.guard, self._guard.best_dense_loss, action,
             )  # fmt: skip
 
     def _take_over(self, revisions: list[Revision]) -> None:
@@ -458,11 +406,7 @@ class SparsityPhases:
             "revisions": [r._asdict() for r in self.revisions],
             "history": self.history,
             "steps": self._steps,
-            "guard": {
-                "best_dense_loss": self._best_dense_loss,
-                "worse": self._worse,
-                "latest_loss": self._latest_loss,
-            },
+            "guard": self._guard.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -487,15 +431,4 @@ class SparsityPhases:
         self.revisions = [Revision(**saved) for saved in state_dict.get("revisions", [])]
         self.history = list(state_dict["history"])
         self._steps = state_dict["steps"]
-        guard = state_dict.get("guard", {})
-        self._best_dense_loss, self._worse = guard.get("best_dense_loss", math.inf), guard.get("worse", 0)
-        self._latest_loss = guard.get("latest_loss", math.nan)
-
-
-def _left_by(attention: Attention) -> dict[str, Tensor]:
-    """What a batch has left in a module; of a sparse one the sensitivity alone, and of an evaluation not that."""
-    statistics = attention.statistics
-    values = {} if statistics is None else {k: v for k, v in statistics._asdict().items() if v is not None}
-    if attention.block_gate is not None and attention.block_gate.grad is not None:
-        values["sensitivity"] = attention.block_gate.grad
-    return values
+        self._guard.load_state_dict(state_dict.get("guard", {}))

@@ -1,0 +1,74 @@
+"""Floor 2: which settings of the controller go together."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the type only: the controller calls these
+    from sat.sparsity.controller import SparsityController
+
+
+def check_settings(controller: SparsityController) -> None:
+    """Refuse what is out of range or does not go together, with a sentence (ValueError)."""
+    at_least_one = {
+        "num_layers": controller.num_layers,
+        "num_heads": controller.num_heads,
+        "block_size": controller.block_size,
+        "the query length": controller.lengths[0],
+        "the key length": controller.lengths[1],
+        "mask_steps": controller.mask_steps,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    expected = (-(-controller.lengths[0] // controller.block_size), -(-controller.lengths[1] // controller.block_size))
+    if controller.grid != expected:
+        raise ValueError(
+            f"grid is {controller.grid}, but {controller.lengths[0]} queries and {controller.lengths[1]} keys in "
+            f"blocks of {controller.block_size} make {expected}; give that, or another block_size"
+        )
+    if not 0 < controller.mask_lr < math.inf:
+        raise ValueError(f"mask_lr must be above 0 and finite, got {controller.mask_lr}; 0.05 fits within 100 steps")
+    if not 0 <= controller.keep_first_tokens <= min(controller.lengths):
+        raise ValueError(
+            f"keep_first_tokens must be 0 to {min(controller.lengths)}, the tokens of a sequence, got "
+            f"{controller.keep_first_tokens}; 1 keeps the CLS token"
+        )
+    if controller.min_dense_steps < 0:
+        raise ValueError(f"min_dense_steps must be at least 0, got {controller.min_dense_steps}; 0 sets no minimum")
+    if controller.max_dense_steps is not None and controller.max_dense_steps < max(1, controller.min_dense_steps):
+        raise ValueError(
+            f"max_dense_steps must be at least 1 and at least min_dense_steps ({controller.min_dense_steps}), got "
+            f"{controller.max_dense_steps}; None waits for the criterion without end"
+        )
+    if controller.share_budget and controller.per_layer:
+        raise ValueError(
+            "share_budget compares the layers' blocks with each other, so all layers must leave the dense phase "
+            "together; set per_layer to False"
+        )
+    if controller.revise_interval is not None:
+        if controller.revise_interval < 1:
+            raise ValueError(f"revise_interval must be at least 1 step, got {controller.revise_interval}; None: never")
+        if not 0 < controller.revise_share <= 1:
+            raise ValueError(f"revise_share must be above 0 and at most 1, got {controller.revise_share}")
+        if controller.mask != "fisher":
+            raise ValueError(
+                f"revise_interval needs mask='fisher', which can tell what a missing block would be worth; got "
+                f"mask={controller.mask!r}"
+            )
+
+
+def check_spion(controller: SparsityController, density: float | None, coverage: float | None) -> None:
+    """Refuse settings of other masks beside ``mask="spion"``, likewise."""
+    if controller.quantile is None or not 0 <= controller.quantile < 1:
+        raise ValueError(f"mask='spion' needs a quantile, at least 0 and below 1, got {controller.quantile}; try 0.96")
+    if density is not None or coverage is not None:
+        raise ValueError(
+            f"mask='spion' keeps what lies above its quantile, so leave density and coverage away, got "
+            f"density={density} and coverage={coverage}"
+        )
+    if controller.per_head:
+        raise ValueError("mask='spion' reads the score matrix, a mean over heads; it has no layouts per_head")
+    if controller.share_budget:
+        raise ValueError("mask='spion' keeps what lies above its quantile; it has no budget to share_budget of")
