@@ -20,6 +20,7 @@ FLOORS = {
     "ops": 1,
     "patterns": 1,
     "connectivity": 1,
+    "scaling": 1,
     "sparsity": 2,
     "attention": 2,
     "baselines": 2,

@@ -9,10 +9,10 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.attention import AdaptiveAttention
+from sat.scaling import interpolate_positions
 
 
 def extend_position_embeddings(model: nn.Module, tokenizer: Any, max_length: int | tuple[int, int]) -> None:
@@ -217,13 +217,10 @@ def _extend_patches(model: nn.Module, config: Any, embeddings: Any, processor: A
         )
     sizes = {} if processor is None else _processor_sizes(name, processor, new)
     if new != old:
-        grid, new_grid = ([side // edge for side, edge in zip(size, patch, strict=True)] for size in (old, new))
+        grid, new_grid = ((size[0] // patch[0], size[1] // patch[1]) for size in (old, new))
         with torch.no_grad():
-            # Half precisions are interpolated in float32 and rounded once.
-            trained = weight[:, special:].to(torch.promote_types(weight.dtype, torch.float32))
-            picture = trained.unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-            picture = F.interpolate(picture, size=new_grid, mode="bicubic", align_corners=False)
-            longer = torch.cat([weight[:, :special], picture.flatten(2).mT.to(weight.dtype)], 1)
+            finer = interpolate_positions(weight[0, special:], grid, new_grid, mode="bicubic")
+            longer = torch.cat([weight[:, :special], finer[None]], 1)
         embeddings.position_embeddings = nn.Parameter(longer, requires_grad=weight.requires_grad)
         patches.num_patches = new_grid[0] * new_grid[1]
         for module in (patches, embeddings):
