@@ -62,6 +62,7 @@ class AdaptiveAttention(nn.Module):
         self._is_sparse = False  # what the buffer says, readable without waiting for the device
         self._current: tuple[tuple, BlockLayout] | None = None
         self.observe_samples = 0
+        self.observe_score_matrix = True  # whether statistics are to have it: [L, S] of each layer
         self.observed_samples = 0  # how many there were
         self.statistics: ops.AttentionStatistics | None = None
         # While it is there, backward passes leave the blocks' sensitivity as its gradient. No parameter, no buffer.
@@ -216,20 +217,20 @@ class AdaptiveAttention(nn.Module):
             query_padding_mask=None if query_padding_mask is None else query_padding_mask[first],
             is_causal=self.is_causal,
             scale=scale,
-            score_matrix=True,
+            score_matrix=self.observe_score_matrix,
         )
         if query.shape[2] == key.shape[2] == self.seq_len:
             self.statistics = statistics
             return
         # Positions that this batch does not reach received no attention: one grid for batches of every length.
-        assert statistics.score_matrix is not None
         pooled, matrix = (
-            F.pad(x, (0, columns - x.shape[-1], 0, rows - x.shape[-2]))
+            None if x is None else F.pad(x, (0, columns - x.shape[-1], 0, rows - x.shape[-2]))
             for x, (rows, columns) in (
                 (statistics.pooled, self.layout_mask.shape[1:]),
                 (statistics.score_matrix, (self.seq_len, self.seq_len)),
             )
         )
+        assert pooled is not None
         self.statistics = ops.AttentionStatistics(pooled, statistics.skewness, matrix)
 
     def watch(

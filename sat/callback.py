@@ -26,11 +26,14 @@ class AdaptiveSparsity(SparsityPhases, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the attention modules and set up the controller."""
         if stage == "fit":
-            modules = pl_module.named_modules()
-            attentions = {name: module for name, module in modules if isinstance(module, AdaptiveAttention)}
             _refuse_tensor_parallelism(pl_module)
-            ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-            self.attach(type(pl_module).__name__, attentions, **ranks)
+            self.find_attention(pl_module, rank=trainer.global_rank, world_size=trainer.world_size)
+
+    def find_attention(self, module: LightningModule, *, rank: int = 0, world_size: int = 1) -> None:
+        """Take charge of a module's attention, in advance of a training or at its start; see :meth:`attach`."""
+        modules = module.named_modules()
+        attentions = {name: each for name, each in modules if isinstance(each, AdaptiveAttention)}
+        self.attach(type(module).__name__, attentions, rank=rank, world_size=world_size)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the learning-rate factor act on every optimizer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,9 +14,13 @@ from torch import Tensor
 from sat.baselines import fingerprint
 from sat.callback import AdaptiveSparsity
 from sat.files import read_state, reason, shortened
+from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import CHECKPOINT_VERSION
+from sat.scaling import Grid, interpolate_positions, position_grids
 
+# Where our own encoder has its learned positions, [L, W].
+POSITIONS = "model.encoder.positions"
 # What the callbacks keep in checkpoints and read long after they are loaded; see _fits.
 STATES: dict[str, Any] = {
     "AdaptiveSparsity": {
@@ -39,6 +43,7 @@ STATES: dict[str, Any] = {
         },
         "guard": {"best_dense_loss": float, "worse": int, "latest_loss": float},
         "revisions": [{"layer": int, "step": int, "new_blocks": float, "density": float}],
+        "began": str,
         "transitions": [
             {"layout": torch.Tensor, "layer": int, "step": int, "empty_rows": int, "forced": bool, "missing": str}
             | dict.fromkeys(("density", "captured_mass", "best_mass", "skewness", "relative_change"), float)
@@ -214,18 +219,74 @@ def _existing(given: str, option: str) -> Path:
     return path
 
 
-def load_weights(path: Path, module: LightningModule) -> None:
+class Learned(NamedTuple):
+    """What a run has learned of attention.
+
+    Attributes:
+        layouts: one a layer, as they are there; none where a layer is dense.
+        length: tokens that they are for.
+    """
+
+    layouts: list[BlockLayout]
+    length: int
+
+
+def load_weights(path: Path, module: LightningModule, *, pictures: bool = False) -> Learned:
     """Take over the weights of a checkpoint, whatever its phase; the layouts stay as they are here.
 
+    Positions that our own encoder has learned at a shorter length are interpolated.
+
+    Args:
+        path: the checkpoint.
+        module: whose weights they become.
+        pictures: its tokens are the pixels of square pictures, row by row.
+
+    Returns:
+        The layouts there.
+
     Raises:
-        ValueError: it is not a checkpoint, or one of another model.
+        ValueError: it is not a checkpoint, or one of another model, or of sequences that cannot be stretched to those
+            here.
     """
+    checkpoint = _read_checkpoint(path, "--init_from")
     ours, theirs = (
         {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in ("layout_mask", "sparse")}
-        for state in (module.state_dict(), _read_checkpoint(path, "--init_from")["state_dict"])
+        for state in (module.state_dict(), checkpoint["state_dict"])
     )
+    there, here = theirs.get(POSITIONS), ours.get(POSITIONS)
+    if isinstance(there, Tensor) and here is not None and there.dim() == 2 and len(there) != len(here):
+        theirs[POSITIONS] = interpolate_positions(there, *_grids(path, len(there), len(here), pictures))
     _check_weights(path, ours, theirs, "--init_from")
+    try:
+        learned = _learned(checkpoint)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:  # of a file that somebody changed
+        raise ValueError(f"{path} is not a whole checkpoint ({reason(error)}); give another --init_from") from error
     module.load_state_dict({**module.state_dict(), **theirs})
+    return learned
+
+
+def _grids(path: Path, length: int, new_length: int, pictures: bool) -> tuple[Grid, Grid]:
+    if length > new_length:
+        raise ValueError(
+            f"{path} was trained on {length:,} tokens, this run has {new_length:,}; what was learned can be carried to "
+            f"longer sequences only, so begin with a run of at most {new_length:,}"
+        )
+    try:
+        return position_grids(length, new_length, pictures=pictures)
+    except ValueError as error:
+        raise ValueError(f"{path} was trained on {length:,} tokens: {error}") from error
+
+
+def _learned(checkpoint: dict[str, Any]) -> Learned:
+    controller = checkpoint["callbacks"].get(AdaptiveSparsity.__qualname__, {}).get("controller")
+    if controller is None or not all("layout" in layer for layer in controller["layers"]):
+        return Learned([], 0)
+    structure = controller["structure"]
+    length = structure["lengths"][0]
+    layouts = [BlockLayout(layer["layout"].cpu(), structure["block_size"]) for layer in controller["layers"]]
+    if not isinstance(length, int) or not all(layout.fits(length, length) for layout in layouts):
+        raise ValueError(f"its layouts are not those of {reprlib.repr(length)} tokens")
+    return Learned(layouts, length)
 
 
 def _check_weights(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], option: str) -> None:

@@ -280,6 +280,7 @@ def _add_checkpoint(found: Findings, path: Path) -> bool:
     known = {
         "steps": content.get("global_step"),
         "attention": _mapping(content.get("attention")).get("name"),
+        "began_sparsely": sparsity.get("began") or None,
         "validation_accuracy": monitor.get("validation_accuracy"),
         "validated_at": monitor.get("validated_at"),
         "median_step_ms": {

@@ -241,7 +241,7 @@ def transition_table(transitions: list[Any]) -> Table:
             f"{t.best_mass:.1%}",
             str(t.empty_rows),
             f"{t.skewness:.2f}",
-            f"{t.relative_change:.2f} %",
+            f"{t.relative_change:.2f} %" if t.relative_change == t.relative_change else "",  # NaN: not measured
         )
     if any(t.forced for t in transitions):
         lacking = "; ".join(f"layer {t.layer}: {t.missing}" for t in transitions if t.missing)

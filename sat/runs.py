@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
 from sat.monitor import Monitor
-from sat.plots import plot_layouts, plot_statistics
+from sat.plots import plot_carried, plot_layouts, plot_statistics
 
 CONFIG_FOLDER = "configs"
 SECTIONS = ("data", "model", "optimizer", "sparsity", "trainer")
@@ -243,6 +243,23 @@ def save_model(
     written.replace(target)
 
 
+def save_carried(folder: Path, carried: Sequence[tuple[BlockLayout, BlockLayout]]) -> None:
+    """A picture of layouts that come from another run, as they were there and as they are here."""
+    before, after = ([layouts[place].shared() for layouts in carried] for place in (0, 1))
+    plot_carried(before, after, folder / "layouts_before_after.png")
+
+
+def carried_text(carried: Sequence[tuple[BlockLayout, BlockLayout]]) -> str:
+    """The same as a sentence."""
+    there, here = carried[0]
+    sizes = [f"{each.shape[0]} x {each.shape[1]} blocks of {each.block_size}" for each in (there, here)]
+    densities = [sum(layouts[place].density for layouts in carried) / len(carried) for place in (0, 1)]
+    return (
+        f"begins sparsely, with its layouts: {sizes[0]} have become {sizes[1]}, of which {densities[1]:.3f} are kept "
+        f"({densities[0]:.3f} before); layouts_before_after.png shows them"
+    )
+
+
 def summarize(
     name: str,
     trainer: Trainer,
@@ -285,6 +302,8 @@ def summarize(
         summary["transitions"] = [
             {key: value for key, value in t._asdict().items() if key != "layout"} for t in sparsity.transitions
         ]
+        if sparsity.began:
+            summary["began_sparsely"] = sparsity.began
         if sparsity.revisions:
             summary["revisions"] = [r._asdict() for r in sparsity.revisions]
         if sparsity.controller.gave_up_at is not None:
@@ -323,6 +342,8 @@ def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) ->
     table = Table(title=f"{summary['name']}: {summary['steps']} steps", title_justify="left", show_header=False)
     validation, test, f1 = summary["validation_accuracy"], summary["test_accuracy"], summary.get("test_f1", {})
     attention, options = summary["attention"], summary["attention_options"]
+    if "began_sparsely" in summary:
+        table.add_row("began sparsely, with", str(summary["began_sparsely"]))
     if attention != "adaptive":
         settings = ", ".join(f"{key} {value}" for key, value in options.items())
         table.add_row("attention", f"{attention} ({settings})" if settings else attention)
@@ -356,7 +377,16 @@ def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) ->
         console.print(f"layer {layer} stayed dense: {missing}", soft_wrap=True)
     shown = [
         p
-        for p in ("summary.json", "layouts.png", "layouts", "statistics.png", "checkpoints", "model", "csv")
+        for p in (
+            "summary.json",
+            "layouts.png",
+            "layouts_before_after.png",
+            "layouts",
+            "statistics.png",
+            "checkpoints",
+            "model",
+            "csv",
+        )
         if (folder / p).exists()
     ]
     console.print(f"everything lies in {folder}: {', '.join(shown)}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Floor 1: from short sequences to long ones: what was learned of positions, layouts and embeddings alike, stretched."""
+"""Floor 1: from short sequences to long ones: layouts and learned positions, stretched."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def position_grids(length: int, new_length: int, *, pictures: bool) -> tuple[Gri
     if not pictures:
         if new_length % length:
             raise ValueError(
-                f"{new_length} tokens are no whole multiple of {length}, so the positions of the shorter sequence cannot "
-                f"be stretched to them; take a multiple, such as {-(-new_length // length) * length}"
+                f"{new_length} tokens are no whole multiple of {length}, so the positions of the shorter sequence "
+                f"cannot be stretched to them; take a multiple, such as {-(-new_length // length) * length}"
             )
         return (1, length), (1, new_length)
     edge, new_edge = math.isqrt(length), math.isqrt(new_length)

@@ -97,6 +97,9 @@ def _in_short(found: Findings) -> str:
         forced = [layer.name for layer in found.layers if layer.forced]
         how = f", forced by max_dense_steps in {', '.join(forced)}" if forced else ", by the criterion"
         sentence += f" Training switched to sparse attention at {when}{how}."
+    if began := found.summary.get("began_sparsely"):
+        what = began if str(began).startswith("the layouts") else f"the structure {began}"
+        sentence += f" Training was sparse from the first step on, with {what}."
     revised = sorted({step for layer in found.layers for step in layer.revised})
     if revised:
         often = "once" if len(revised) == 1 else f"{len(revised)} times"
@@ -146,7 +149,7 @@ def _layers(found: Findings) -> list[Section]:
             "“most possible” what as many blocks could have held at best. The closer, the better the choice. An empty "
             "row is a row of blocks without any: its queries attend to nothing."
         )
-    return [table, Section("Blocks and attention", paragraphs=_attention_text(drawn), pictures=_pictures(drawn))]
+    return [table, Section("Blocks and attention", paragraphs=_attention_text(found, drawn), pictures=_pictures(drawn))]
 
 
 def _masses(layer: Layer) -> dict[str, float]:
@@ -175,7 +178,9 @@ def _held(layout: BlockLayout, layer: Layer) -> list[tuple[float, float]]:
     return [(captured_mass(pooled, mask, *sizes), best_mass(pooled, mask, *sizes)) for pooled, mask in each]
 
 
-def _attention_text(layers: list[Layer]) -> list[str]:
+def _attention_text(found: Findings, layers: list[Layer]) -> list[str]:
+    if found.summary.get("began_sparsely"):
+        return []
     if any(layer.attention is not None for layer in layers):
         return [
             "Beside the blocks, in brown, stands what was attended to at the switch: the mean over the sequences that "
@@ -217,6 +222,10 @@ def _pictures(layers: list[Layer]) -> list[Picture]:
     return pictures
 
 
+CHANGE = (
+    " The relative change tells how much the distance between successive matrices of scores still changes: it falls as "
+    "the pattern settles."
+)
 AGREEMENT = (
     " The rule here was the agreement: of the blocks that would be kept, the share that would have been kept some "
     "observations before, too."
@@ -227,6 +236,9 @@ def _statistics(found: Findings) -> Section | None:
     """What the criterion saw."""
     section = Section("When to switch")
     if not found.history:
+        if found.summary.get("began_sparsely"):
+            section.paragraphs = ["There was no dense phase: training was sparse from the first step on."]
+            return section
         if found.summary.get("attention") in ("adaptive", "spion"):
             section.paragraphs = ["No statistics of the attention have been recorded."]
             return section
@@ -256,9 +268,10 @@ def _statistics(found: Findings) -> Section | None:
     limits += [f"change below {found.delta:g} %"] if found.delta is not None else []
     limits += [f"agreement at least {found.agreement:g}"] if found.agreement is not None else []
     rule = f" The thresholds: {' and '.join(limits)}." if limits else ""
+    measured = any("relative_change" in layer for layers in found.history.values() for layer in layers)
     section.paragraphs = [
-        "Skewness tells how unevenly attention is spread: it rises as a pattern forms. The relative change tells how "
-        "much the distance between successive matrices of scores still changes: it falls as the pattern settles."
+        "Skewness tells how unevenly attention is spread: it rises as a pattern forms."
+        + (CHANGE if measured else "")
         + (AGREEMENT if found.agreement is not None else "")
         + rule
     ]

@@ -35,10 +35,12 @@ from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, ColorImageDataModule, ListOps, SequenceDataModule, TextDataModule
 from sat.files import UNWRITABLE, reason, written_whole
+from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
 from sat.monitor import BarProgress, LineProgress, Monitor
 from sat.saving import ExactResume, RunInterrupted, SaveLast, WholeCheckpoints
+from sat.scaling import scale_layout
 from sat.sparsity import LayoutsDiffer
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,14 @@ def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
     parser.add_argument("--output_dir", type=str, default="runs", help="folder that gets a folder for each run")
     parser.add_argument("--ckpt_path", type=str | None, help="checkpoint to go on from; 'last': of the newest run")
     parser.add_argument(
-        "--init_from", type=str | None, help="checkpoint, or folder of a run, whose weights a new run begins with"
+        "--init_from",
+        type=str | None,
+        help="checkpoint, or folder of a run, whose weights a new run begins with; of shorter sequences, too",
+    )
+    parser.add_argument(
+        "--init_layouts",
+        type=bool | None,
+        help="begin sparsely with the layouts of --init_from, stretched; null: if they are of shorter sequences",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, dropout and data order")
     parser.add_argument("--compile", type=bool, default=False, help="compile the model with torch.compile")
@@ -190,11 +199,17 @@ class Run:
         self.anew = checkpoint is not None and not checkpoint.is_file()
         self.checkpoint = None if self.anew else checkpoint
         self.weights = None
+        self.carried: list[tuple[BlockLayout, BlockLayout]] = []  # layouts of another run, there and here
         if self.checkpoint is not None:
             checkpoints.check_checkpoint(self.checkpoint, self.module, model)
         elif args.init_from is not None:
             self.weights = checkpoints.find_weights(args.init_from)
-            checkpoints.load_weights(self.weights, self.module)
+            learned = checkpoints.load_weights(self.weights, self.module, pictures=data.pixel_tokens)
+            self.carried = self._carry(learned, args.init_layouts)
+        elif args.init_layouts:
+            raise ValueError("--init_layouts true takes layouts from another run; name it with --init_from")
+        if self.sparsity is not None:
+            self.sparsity.find_attention(self.module)  # which refuses now what does not fit
         self.last = self.folder / "checkpoints" / "last.ckpt"
         args.ckpt_path = None  # so that the saved config starts the run anew
         self.config = parser.dump(args, skip_unset=False)
@@ -243,6 +258,31 @@ class Run:
             options |= self._spion(args.trainer, options["interval"])
         return AdaptiveSparsity(**options, seed=args.seed)
 
+    def _carry(self, learned: checkpoints.Learned, wanted: bool | None) -> list[tuple[BlockLayout, BlockLayout]]:
+        """Begin with the layouts of another run, if that is wanted: those of each layer, there and here."""
+        adaptive = self.sparsity is not None and self.model.attention == "adaptive"
+        attention = next((m for m in self.module.modules() if isinstance(m, AdaptiveAttention)), None)
+        if wanted is None:
+            wanted = adaptive and attention is not None and 0 < learned.length < attention.seq_len
+        if not wanted:
+            return []
+        if not adaptive:
+            raise ValueError(
+                f"--init_layouts true gives layouts to adaptive attention, but model.attention is "
+                f"{self.model.attention}; leave it away"
+            )
+        if not learned.layouts:
+            raise ValueError(
+                f"{self.weights} has no layouts to begin with, for its training was not sparse in all layers; leave "
+                f"--init_layouts away"
+            )
+        assert attention is not None
+        assert self.sparsity is not None
+        lengths, size, pictures = (learned.length, attention.seq_len), attention.block_size, self.data.pixel_tokens
+        carried = [(each, scale_layout(each, *lengths, block_size=size, pictures=pictures)) for each in learned.layouts]
+        self.sparsity.begin_with([here for _, here in carried], f"the layouts of {self.weights}")
+        return carried
+
     def _spion(self, trainer: Namespace, interval: int) -> dict[str, Any]:
         """A published method with its own rules, which prevail over what the config says of SAT's."""
         own: dict[str, Any] = {"quantile": 0.99 if isinstance(self.data, TextDataModule) else 0.96, "change": 15.0}
@@ -265,7 +305,7 @@ class Run:
                 f"interval of at least 1 step, got {own}"
             )
         criterion = {"theta": None, "delta": own["change"], "smoothing": 0.0, "patience": 1, "per_layer": False}
-        criterion |= {"agreement": None, "revise_interval": None}
+        criterion |= {"agreement": None, "revise_interval": None, "start": None}
         selection = {"mask": "spion", "quantile": own["quantile"], "density": None, "coverage": None}
         selection |= {"per_head": False, "share_budget": False}
         return {**criterion, **selection, "interval": own["interval"], "min_dense_steps": 0}
@@ -325,6 +365,11 @@ class Run:
             self.console.print("this run was stopped before its first checkpoint, and begins anew", highlight=False)
         if self.weights is not None:
             self.console.print(f"begins with the weights of {self.weights}", highlight=False, soft_wrap=True)
+        if self.carried:
+            runs.save_carried(self.folder, self.carried)
+            self.console.print(runs.carried_text(self.carried), highlight=False, soft_wrap=True)
+        elif self.sparsity is not None and self.sparsity.began and self.checkpoint is None:
+            self.console.print(f"begins sparsely, with the structure {self.sparsity.began}", highlight=False)
         if isinstance(self.model, PretrainedClassifier):
             self.console.print(self.model.origin(), highlight=False, soft_wrap=True)
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_stretched_is_refused(lengths, options, message):
 
 
 def test_positions_between_known_ones_lie_between():
-    """Centres of new pixels lie a quarter and three quarters between old ones; beyond the outer ones nothing changes."""
+    """Centres of new pixels lie a quarter and three quarters between old ones; beyond the outer ones all is alike."""
     table = torch.tensor([0.0, 4.0, 8.0])[:, None]
     grids = position_grids(3, 6, pictures=False)
     assert interpolate_positions(table, *grids)[:, 0].tolist() == [0, 1, 3, 5, 7, 8]

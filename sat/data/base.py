@@ -57,6 +57,7 @@ class SequenceDataModule(pl.LightningDataModule):
     # What a batch holds: token ids of our own or, for pretrained models, those of a tokenizer, or pictures.
     inputs: Literal["ids", "text", "pictures"] = "ids"
     metric: Literal["acc", "f1"] = "acc"  # by which models are compared on validation data
+    pixel_tokens = False  # the tokens are the pixels of square pictures, row by row
     towers = 1  # sequences in a sample; of two, ids and mask have the shape [B, 2, L]
 
     def __init__(

@@ -56,6 +56,7 @@ class ImageDataModule(FileDataModule):
 
     vocab_size = 256
     has_padding = False
+    pixel_tokens = True
     content_columns: Sequence[str] = ("img", "image")
     mode: Literal["L", "RGB"] = "L"  # Pillow's names
     resizes = True  # or else pictures of another size are refused
@@ -160,6 +161,7 @@ class ColorImageDataModule(ImageDataModule):
 
     mode = "RGB"
     inputs = "pictures"
+    pixel_tokens = False
     stored_size: int
 
     def __init__(

@@ -4,7 +4,7 @@ Figures are made without pyplot: no global state, no display, safe in any proces
 written as a PNG where a path is given. A colour means the same thing in every picture.
 """
 
-from sat.plots.layouts import plot_layer, plot_layouts, plot_reach
+from sat.plots.layouts import plot_carried, plot_layer, plot_layouts, plot_reach
 from sat.plots.lines import plot_statistics, plot_training
 from sat.plots.style import DPI, FAINT, INK, KEPT, LINES, PRUNED, RULE, attention_pixels, layout_pixels
 
@@ -18,6 +18,7 @@ __all__ = [
     "RULE",
     "attention_pixels",
     "layout_pixels",
+    "plot_carried",
     "plot_layer",
     "plot_layouts",
     "plot_reach",

@@ -152,6 +152,54 @@ def plot_layer(
     return written(figure, path)
 
 
+def plot_carried(
+    before: Sequence[BlockLayout],
+    after: Sequence[BlockLayout],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Draw layouts that have been carried to longer sequences, each below what it was.
+
+    Args:
+        before: one a layer, in order.
+        after: one a layer, of as many heads, or of 1 if they have become alike.
+        path: PNG file to write; an existing one is replaced whole or not at all. None writes nothing.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: there is no layout, or there are not as many after as before.
+    """
+    if not before or len(before) != len(after):
+        raise ValueError(f"plot_carried needs a layout after for each before, got {len(before)} and {len(after)}")
+    columns = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        heads = max(old.num_heads, new.num_heads)
+        for head in range(heads):
+            who = f"layer {index} · head {head}" if heads > 1 else f"layer {index}"
+            columns.append([(who, each, each.mask[head % each.num_heads]) for each in (old, new)])
+    wide = min(len(columns), 4)
+    bands, edge = -(-len(columns) // wide), 2.6
+    figure, grid = panels(bands * 2, wide, edge, left=0.85, top=0.95, gaps=(0.22, 0.4), least_width=5.4)
+    grouped = False
+    for index, axes in enumerate(axes for row in grid for axes in row):
+        row, place = divmod(index, wide)
+        number = row // 2 * wide + place
+        if number >= len(columns):
+            axes.remove()
+            continue
+        who, layout, mask = columns[number][row % 2]
+        grouped |= _matrix(axes, mask, layout.block_size, edge, ticks=2)
+        text = f"{who} · " if row % 2 == 0 else ""
+        text += f"{density_text(float(mask.float().mean()))} of {mask.shape[0]} x {mask.shape[1]}"
+        axes.set_title(text, fontsize=7.5, color=INK, pad=2.5, loc="left")
+        axes.tick_params(labelleft=place == 0)
+    note = "above as it was learned, below as it is used here; dark = kept, light = skipped"
+    note += "\nwhere a cell stands for several blocks, the darker the more are kept" if grouped else ""
+    heading(figure, title or "Layouts carried to longer sequences", note)
+    return written(figure, path)
+
+
 def plot_reach(
     maps: Mapping[str, Tensor],
     path: str | os.PathLike[str] | None = None,

@@ -39,7 +39,8 @@ def plot_statistics(
         steps: training steps at which the statistics were taken, ascending.
         skewness: ``[layers][steps]``, the skewness of each layer's attention scores; NaN where undefined.
         relative_change: ``[layers][steps]``, how much the distance between successive score matrices changed, in
-            percent; NaN where undefined. Drawn on a logarithmic scale, on which a change of 0 has no place.
+            percent; NaN where undefined. Drawn on a logarithmic scale, on which a change of 0 has no place; left out
+            where it is undefined throughout because the agreement is the rule.
         path: PNG file to write; an existing one is replaced whole or not at all. None writes nothing.
         theta: threshold of the skewness; None: there is none.
         delta: threshold of the relative change, in percent; None: there is none.
@@ -61,34 +62,42 @@ def plot_statistics(
     for what, given in (("relative_change", relative_change), ("switch_steps", switches), ("names", labels)):
         if len(given) != layers:
             raise ValueError(f"{what} has {len(given)} entries, but skewness has {layers}: one a layer")
-    drawn = [("skewness", skewness), ("relative_change", relative_change)]
-    drawn += [("agreement", agreement)] if agreement is not None else []
-    for what, rows in drawn:
+    drawn = {"skewness": skewness, "relative_change": relative_change}
+    drawn |= {"agreement": agreement} if agreement is not None else {}
+    for what, rows in drawn.items():
         for i, row in enumerate(rows, 1):
             if len(row) != len(steps):
                 raise ValueError(f"{what} of layer {i} has {len(row)} values for {len(steps)} steps")
 
+    if agreement is not None and all(value != value for row in relative_change for value in row):
+        del drawn["relative_change"]  # it was not measured
     figure = Drawing(figsize=(9.2, 2.7 * len(drawn)), facecolor="white")
     panels = figure.subplots(len(drawn), 1, sharex=True)
-    upper, lower = panels[:2]
+    places = dict(zip(drawn, panels, strict=True))
+    upper, lower = places["skewness"], places.get("relative_change")
     figure.subplots_adjust(left=0.095, right=0.72, bottom=0.18 / len(drawn), top=1 - 0.28 / len(drawn), hspace=0.12)
     colors = line_colors(layers)
     marker = "o" if len(steps) == 1 else None
-    for color, skew, change in zip(colors, skewness, relative_change, strict=True):
+    for color, skew in zip(colors, skewness, strict=True):
         upper.plot(steps, skew, color=color, linewidth=1.3, marker=marker)
-        positive = [value if value > 0 else math.nan for value in change]
-        lower.plot(steps, positive, color=color, linewidth=0.9, marker=marker)
-    lower.set_yscale("log")
-    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if theta is not None:
         _threshold(upper, theta, f"at least θ = {theta:g}", above=True)
-    if delta is not None:
-        _threshold(lower, delta, f"below δ = {delta:g} %", above=False)
-    for color, shares in zip(colors, agreement or [], strict=False):
-        panels[2].plot(steps, shares, color=color, linewidth=1.3, marker=marker)
-        panels[2].set_ylim(-0.02, 1.02)
-    if least_agreement is not None and agreement is not None:
-        _threshold(panels[2], least_agreement, f"at least {least_agreement:g}", above=True)
+    if lower is not None:
+        for color, change in zip(colors, relative_change, strict=True):
+            positive = [value if value > 0 else math.nan for value in change]
+            lower.plot(steps, positive, color=color, linewidth=0.9, marker=marker)
+        lower.set_yscale("log")
+        lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        lower.set_ylabel("relative change\nof the distance (%)", fontsize=9, color=INK)
+        if delta is not None:
+            _threshold(lower, delta, f"below δ = {delta:g} %", above=False)
+    if agreement is not None:
+        for color, shares in zip(colors, agreement, strict=False):
+            places["agreement"].plot(steps, shares, color=color, linewidth=1.3, marker=marker)
+        places["agreement"].set_ylim(-0.02, 1.02)
+        places["agreement"].set_ylabel("agreement of\nthe chosen blocks", fontsize=9, color=INK)
+        if least_agreement is not None:
+            _threshold(places["agreement"], least_agreement, f"at least {least_agreement:g}", above=True)
 
     # One line for all layers that switched together; what a line of another colour means stands in the legend.
     together = len(set(switches)) == 1 and switches[0] is not None
@@ -103,9 +112,6 @@ def plot_statistics(
         labels = [f"{label}, {end}" for label, end in zip(labels, ends, strict=True)]
 
     upper.set_ylabel("skewness of the scores", fontsize=9, color=INK)
-    lower.set_ylabel("relative change\nof the distance (%)", fontsize=9, color=INK)
-    if agreement is not None:
-        panels[2].set_ylabel("agreement of\nthe chosen blocks", fontsize=9, color=INK)
     _step_axis(panels[-1], steps)
     figure.align_ylabels()
     for axes in panels:

@@ -6,7 +6,7 @@ stay where they came from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +20,9 @@ from sat.sparsity.layers import Layer, change_layouts, fit_fisher, or_nan
 from sat.sparsity.masks import FisherMask, MaskLearner, MaskName, make_mask
 from sat.sparsity.selection import add_blocks, check_selection, revise_blocks, select_blocks
 from sat.sparsity.selection import agreement as agreement_of
-from sat.sparsity.settings import check_settings, check_spion
+from sat.sparsity.settings import check_settings, check_spion, check_start
 from sat.sparsity.spion import spion_blocks
+from sat.sparsity.start import StartName, starting_blocks
 from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, captured_mass
 
 if TYPE_CHECKING:  # the type only: importing the operators would load Triton
@@ -82,6 +83,8 @@ class SparsityController:
             the switch or the revision before; see :func:`revise_blocks`. None: layouts stay as they are. Needs
             ``mask="fisher"``.
         revise_share: at most this share of the kept blocks is swapped at a time.
+        start: begin sparsely with the blocks of a structure, see :func:`starting_blocks`; None: in a dense phase, which
+            alone has a use for the settings from theta to max_dense_steps. Needs a density and ``revise_interval``.
         keep_scores: keep what the masks have learned after the switch, so that :meth:`add_blocks` can be called.
         seed: of the masks' initial values; the global generator is not touched.
 
@@ -125,6 +128,7 @@ class SparsityController:
         share_budget: bool = False,
         revise_interval: int | None = None,
         revise_share: float = 0.3,
+        start: StartName | None = None,
         keep_scores: bool = False,
         seed: int = 0,
     ) -> None:
@@ -140,6 +144,8 @@ class SparsityController:
         self._revised_at: int | None = None
         self.gave_up_at: int | None = None  # the step at which training went back to dense attention, for good
         check_settings(self)
+        if start is not None:
+            check_start(self, start, coverage)
         if mask == "spion":
             check_spion(self, density, coverage)
         else:
@@ -160,14 +166,18 @@ class SparsityController:
         # One generator for all layers in turn: they start differently, and the same for the same seed.
         generator = torch.Generator("cpu").manual_seed(seed)
         self._layers = [Layer(LayerHistory(smoothing), self._learner(generator)) for _ in range(num_layers)]
+        if start is not None:
+            # A density for each layout: before anything is known none has a claim to more.
+            selection = self._selection | {"share_budget": False}
+            blocks = partial(starting_blocks, start, self.grid, self._num_layouts, generator, **selection)
+            self.begin([BlockLayout(blocks(), block_size) for _ in range(num_layers)])
 
     def _learner(self, generator: torch.Generator) -> MaskLearner | FisherMask | None:
         if self.mask == "spion":
             return None
-        num_layouts = self.num_heads if self.per_head else 1
         if self.mask == "fisher":
-            return FisherMask(num_layouts, self.grid)
-        mask = make_mask(self.mask, self.grid, num_layouts=num_layouts, rank=self.mask_rank, generator=generator)
+            return FisherMask(self._num_layouts, self.grid)
+        mask = make_mask(self.mask, self.grid, num_layouts=self._num_layouts, rank=self.mask_rank, generator=generator)
         return MaskLearner(mask, self.mask_lr)
 
     # What the outside asks.
@@ -175,6 +185,11 @@ class SparsityController:
     def phase(self, layer: int) -> Phase:
         """The layer's phase, from stored state."""
         return "dense" if self._layers[layer].layout is None else "sparse"
+
+    @property
+    def _num_layouts(self) -> int:
+        """Of each layer."""
+        return self.num_heads if self.per_head else 1
 
     @property
     def _shape(self) -> list[int]:
@@ -185,6 +200,16 @@ class SparsityController:
     def all_sparse(self) -> bool:
         """Whether every layer has left the dense phase."""
         return all(layer.layout is not None for layer in self._layers)
+
+    @property
+    def began_sparsely(self) -> bool:
+        """Whether there was no dense phase, from stored state: a transition comes after a step."""
+        return all(step == 0 for step in self.transition_steps)
+
+    @property
+    def needs_score_matrix(self) -> bool:
+        """Whether the rule that ends the dense phase, or the choice of blocks, reads score matrices ``[L, S]``."""
+        return self.criterion.agreement is None or self.mask == "spion"
 
     @property
     def dense_layers(self) -> list[int]:
@@ -234,6 +259,37 @@ class SparsityController:
 
     # What happens.
 
+    def begin(self, layouts: Sequence[BlockLayout]) -> None:
+        """Begin sparsely, with layouts that were not chosen here.
+
+        Args:
+            layouts: one a layer, of 1 head or, with ``per_head``, of as many as there are.
+
+        Raises:
+            ValueError: they do not fit the layers.
+        """
+        if len(layouts) != self.num_layers:
+            raise ValueError(f"there are layouts of {len(layouts)} layers to begin with, but {self.num_layers} layers")
+        for index, given in enumerate(layouts):
+            layout = given.shared()
+            rows, columns = layout.shape
+            if (rows, columns) != self.grid or layout.block_size != self.block_size:
+                raise ValueError(
+                    f"the layout to begin with in layer {index} has {rows} x {columns} blocks of {layout.block_size}, "
+                    f"but the attention {self.grid[0]} x {self.grid[1]} of {self.block_size}"
+                )
+            if layout.num_heads not in (1, self._num_layouts):
+                advice = f"make it one of {self.num_heads}" if self.per_head else "set per_head to True"
+                raise ValueError(
+                    f"the layout to begin with in layer {index} is one of {layout.num_heads} heads, but there "
+                    f"{'are' if self.per_head else 'is'} {self._num_layouts} to a layer; {advice}"
+                )
+            layer = self._layers[index]
+            mask = layout.mask.to("cpu", copy=True).expand(self._num_layouts, -1, -1).contiguous()
+            layer.layout, layer.transition_step = BlockLayout(mask, self.block_size), 0
+            if not self.keep_scores:
+                layer.learner = None
+
     def observe(self, step: int, statistics: Mapping[int, AttentionStatistics]) -> list[Transition]:
         """Take in the statistics of all layers that are still dense.
 
@@ -241,8 +297,8 @@ class SparsityController:
 
         Args:
             step: optimizer steps already done.
-            statistics: layer index -> statistics, with the score matrix; exactly the ``dense_layers``. The controller
-                keeps the score matrices: do not write to them afterwards.
+            statistics: layer index -> statistics; exactly the ``dense_layers``. With the score matrices where the
+                controller ``needs_score_matrix``, which keeps them: do not write to them afterwards.
 
         Returns:
             The transitions that happen now, in the order of the layers; usually none.
@@ -356,15 +412,16 @@ class SparsityController:
         for layer in self._layers:
             layer.layout = layer.transition_step = None
 
-    def _checked(self, step: int, index: int, statistics: AttentionStatistics) -> Tensor:
-        """The score matrix of statistics that are whole and finite."""
-        matrix = statistics.score_matrix
-        if matrix is None:
+    def _checked(self, step: int, index: int, statistics: AttentionStatistics) -> Tensor | None:
+        """The score matrix of statistics that are whole and finite, where there is a use for it."""
+        matrix = statistics.score_matrix if self.needs_score_matrix else None
+        if matrix is None and self.needs_score_matrix:
             raise ValueError(
                 f"layer {index} at step {step}: the statistics have no score matrix, which the distance is measured "
                 f"on; ask for it with attention_statistics(..., score_matrix=True)"
             )
-        expected = {"pooled": self._shape, "skewness": [], "score_matrix": list(self.lengths)}
+        expected: dict[str, list[int]] = {"pooled": self._shape, "skewness": []}
+        expected |= {} if matrix is None else {"score_matrix": list(self.lengths)}
         for name, shape in expected.items():
             value: Tensor = getattr(statistics, name)
             if list(value.shape) != shape:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ from sat.sparsity.learning_rate import LearningRateFactor
 from sat.sparsity.masks import MaskName
 from sat.sparsity.pooled import PooledAttention
 from sat.sparsity.processes import Observed, check_same_layouts, mean_over_processes, merged
+from sat.sparsity.settings import check_length
+from sat.sparsity.start import StartName
 from sat.sparsity.watched import Attention, left_by
 
 logger = logging.getLogger(__name__)
@@ -67,14 +69,18 @@ class SparsityPhases:
         interval: optimizer steps between observations.
         samples: sequences that an observation looks at: the first of the whole batch of an optimizer step, which is
             made of the batches of all processes, in the order of their ranks, once for each batch of an accumulation.
-        lr_factor: factor of the learning rate once every layer is sparse (the paper halves it).
+        lr_factor: factor of the learning rate once every layer is sparse (the paper halves it), after a dense phase.
         revise_interval: optimizer steps between revisions of the layouts once all layers are sparse, rounded up to
             whole intervals: the weakest kept blocks make place for missing ones that the loss depends on more; null:
             layouts stay. Needs mask fisher.
         revise_share: of the kept blocks, at most this share is swapped at a time, above 0 to 1.
+        start: begin sparsely, without a dense phase, with blocks of a structure that make up the density: ``window``
+            (near the diagonal), or ``bigbird`` (half of them near it, the first row and column, and random ones). All
+            that is said of the dense phase has no effect then, and the learning rate keeps its full height. Needs
+            revise_interval; null: a dense phase.
         guard: when the validation loss stays this much above the best of the dense phase (in nats for cross entropy),
             from overfitting too, twice as many blocks are kept, and where that would be half of all or more, training
-            goes on densely at the learning rate of the schedule; null: never.
+            goes on densely at the learning rate of the schedule; null: never. Needs a dense phase.
         guard_patience: validations in a row.
         seed: of the masks' initial values.
 
@@ -110,6 +116,7 @@ class SparsityPhases:
         lr_factor: float = 0.5,
         revise_interval: int | None = None,
         revise_share: float = 0.3,
+        start: StartName | None = None,
         guard: float | None = None,
         guard_patience: int = 2,
         seed: int = 0,
@@ -126,7 +133,9 @@ class SparsityPhases:
             raise ValueError(f"guard is a margin of the validation loss and must be at least 0, got {guard}")
         if guard_patience < 1:
             raise ValueError(f"guard_patience must be at least 1 validation, got {guard_patience}")
-        self.guard, self.guard_patience = guard, guard_patience
+        if start is not None and guard is not None:
+            raise ValueError(_no_guard(guard, f"start={start!r}"))
+        self.guard, self.guard_patience, self.start = guard, guard_patience, start
         self._guard = Guard(guard, guard_patience)
         self.interval, self.samples, self.lr_factor = interval, samples, lr_factor
         self.theta = theta if agreement is None else None
@@ -158,6 +167,7 @@ class SparsityPhases:
             keep_first_tokens=keep_first_tokens,
             revise_interval=revise_interval,
             revise_share=revise_share,
+            start=start,
             keep_scores=guard is not None,
             seed=seed,
         )
@@ -165,6 +175,8 @@ class SparsityPhases:
         side = max(1, min_blocks_per_row, keep_first_tokens)
         self._make_controller(1, 1, (side, side), 1, (side, side))
         self.controller: SparsityController | None = None
+        self.began = ""  # how, of a training without a dense phase, for people
+        self._given: tuple[list[BlockLayout], str] | None = None  # layouts to begin with, and where they come from
         self.attentions: dict[str, Attention] = {}
         self.transitions: list[Transition] = []
         self.revisions: list[Revision] = []
@@ -186,6 +198,22 @@ class SparsityPhases:
         """Whether every layer has left the dense phase."""
         return self.controller is not None and self.controller.all_sparse
 
+    def begin_with(self, layouts: Sequence[BlockLayout], origin: str) -> None:
+        """Begin sparsely with layouts that were learned elsewhere, instead of in a dense phase or by ``start``.
+
+        Call this before the training; one that goes on from a checkpoint has the layouts of that.
+
+        Args:
+            layouts: one a layer, in the order of the attention modules; of 1 head, or with ``per_head`` of all.
+            origin: where they come from, for people.
+
+        Raises:
+            ValueError: there is a ``guard``.
+        """
+        if self.guard is not None:
+            raise ValueError(_no_guard(self.guard, "a run that begins with layouts"))
+        self._given = list(layouts), origin
+
     def attach(self, model: str, attentions: Mapping[str, Attention], *, rank: int = 0, world_size: int = 1) -> None:
         """Take charge of the attention modules of a model, by name; the same ones again go on where they are.
 
@@ -196,7 +224,8 @@ class SparsityPhases:
             world_size: how many these are; more than one make up torch.distributed's default process group.
 
         Raises:
-            ValueError: there are none, or they are not of one kind.
+            ValueError: there are none, they are not of one kind or too long for the rule, or layouts to begin with do
+                not fit them.
         """
         self._rank, self._world_size = rank, world_size
         if self.controller is not None and [*map(id, attentions.values())] == [*map(id, self.attentions.values())]:
@@ -222,6 +251,16 @@ class SparsityPhases:
         self.controller = self._make_controller(
             len(self.attentions), heads, (blocks, blocks), block_size, (length, length), causal=causal
         )
+        self.began = self.start or ""
+        if self._given is not None:
+            layouts, self.began = self._given
+            self.controller.begin(layouts)
+        if not self.all_sparse:
+            check_length(self.controller)
+        for attention, layout in zip(self.attentions.values(), self.controller.layouts, strict=True):
+            attention.observe_score_matrix = self.controller.needs_score_matrix
+            if layout is not None:
+                attention.set_layout(layout)
 
     def check_phases(self) -> None:
         """Refuse layouts that this callback knows nothing of, such as weights loaded without the callback's state.
@@ -255,7 +294,7 @@ class SparsityPhases:
         self._factor.detach()
 
     def _scales_lr(self) -> bool:
-        return self.all_sparse
+        return self.controller is not None and self.controller.all_sparse and not self.controller.began_sparsely
 
     # What happens.
 
@@ -406,6 +445,7 @@ class SparsityPhases:
             "revisions": [r._asdict() for r in self.revisions],
             "history": self.history,
             "steps": self._steps,
+            "began": self.began,
             "guard": self._guard.state_dict(),
         }
 
@@ -430,5 +470,12 @@ class SparsityPhases:
         ]
         self.revisions = [Revision(**saved) for saved in state_dict.get("revisions", [])]
         self.history = list(state_dict["history"])
-        self._steps = state_dict["steps"]
+        self._steps, self.began = state_dict["steps"], state_dict.get("began", "")
         self._guard.load_state_dict(state_dict.get("guard", {}))
+
+
+def _no_guard(guard: float, what: str) -> str:
+    return (
+        f"guard={guard:g} compares with the loss of the dense phase, which {what} does without; leave guard away, or "
+        f"begin densely"
+    )

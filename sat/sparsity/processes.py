@@ -32,8 +32,11 @@ class Observed(NamedTuple):
 
     @property
     def means(self) -> dict[str, Tensor]:
-        """What is a mean over samples, as opposed to the skewness, which is one of the mean matrix."""
-        return {name: value for name, value in self.values.items() if name != "skewness"}
+        """What is a mean over samples, as opposed to the skewness, which is one of the mean matrix.
+
+        Where there is no score matrix, no rule depends on the skewness, and the mean of several serves to be logged.
+        """
+        return {name: x for name, x in self.values.items() if name != "skewness" or "score_matrix" not in self.values}
 
     @property
     def statistics(self) -> AttentionStatistics:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+from sat.sparsity.start import StartName
 
 if TYPE_CHECKING:  # the type only: the controller calls these
     from sat.sparsity.controller import SparsityController
+
+# Tokens up to which the rule may compare score matrices [L, L]: of 256 MiB a layer.
+LONGEST_COMPARED = 8192
 
 
 def check_settings(controller: SparsityController) -> None:
@@ -72,3 +77,32 @@ def check_spion(controller: SparsityController, density: float | None, coverage:
         raise ValueError("mask='spion' reads the score matrix, a mean over heads; it has no layouts per_head")
     if controller.share_budget:
         raise ValueError("mask='spion' keeps what lies above its quantile; it has no budget to share_budget of")
+
+
+def check_start(controller: SparsityController, start: str, coverage: float | None) -> None:
+    """Refuse what a run without a dense phase cannot do, likewise."""
+    if start not in get_args(StartName):
+        raise ValueError(f"start must be one of {', '.join(get_args(StartName))}, or None, got {start!r}")
+    if coverage is not None:
+        raise ValueError(
+            f"start={start!r} has no attention to measure a coverage of, got coverage={coverage}; give a density"
+        )
+    if controller.per_layer:
+        raise ValueError(f"start={start!r} begins sparsely in all layers; set per_layer to False")
+    if controller.revise_interval is None:
+        raise ValueError(
+            f"start={start!r} without revise_interval would never change its blocks; set revise_interval and "
+            f"mask='fisher', or train with a fixed structure (of sat.patterns, or --model.attention structure)"
+        )
+
+
+def check_length(controller: SparsityController) -> None:
+    """Refuse score matrices that would be too large, likewise; SPION has no way without."""
+    longest = max(controller.lengths)
+    if controller.needs_score_matrix and controller.mask != "spion" and longest > LONGEST_COMPARED:
+        size = controller.lengths[0] * controller.lengths[1] * 4 / 2**30
+        raise ValueError(
+            f"theta and delta compare score matrices of {controller.lengths[0]:,} x {controller.lengths[1]:,} entries, "
+            f"{size:.1f} GiB a layer, in memory and in checkpoints; for more than {LONGEST_COMPARED:,} tokens set "
+            f"agreement (0.9, say), which compares choices of blocks, or start, which needs no dense phase"
+        )

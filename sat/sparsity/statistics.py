@@ -161,21 +161,22 @@ class LayerHistory:
         self.relative_change: float | None = None
         self.score_matrix: Tensor | None = None
 
-    def update(self, score_matrix: Tensor, skewness: float) -> None:
+    def update(self, score_matrix: Tensor | None, skewness: float) -> None:
         """Take in one observation.
 
         The matrix is kept, on its device, until the next one; it must not be written to afterwards.
 
         Args:
-            score_matrix: ``[L, S]``, mean attention weight over batch and heads.
+            score_matrix: ``[L, S]``, mean attention weight over batch and heads; None where nothing depends on the
+                distance, which then stays undefined.
             skewness: its population skewness.
 
         Raises:
             ValueError: the matrix has another shape than the one before.
         """
-        current = score_matrix.detach()
+        current = None if score_matrix is None else score_matrix.detach()
         previous = self.score_matrix
-        if previous is not None:
+        if previous is not None and current is not None:
             # After a restart the previous matrix may still lie where the checkpoint was loaded.
             new_distance = distance(current, previous.to(current.device)).item()
             smoothed = self._mix(self.distance, new_distance, self.observations - 1)

@@ -20,6 +20,7 @@ class Attention(Protocol):
     block_size: int
     is_causal: bool
     observe_samples: int
+    observe_score_matrix: bool
     observed_samples: int
     statistics: AttentionStatistics | None
     layout_mask: Tensor
