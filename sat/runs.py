@@ -342,8 +342,6 @@ def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) ->
     table = Table(title=f"{summary['name']}: {summary['steps']} steps", title_justify="left", show_header=False)
     validation, test, f1 = summary["validation_accuracy"], summary["test_accuracy"], summary.get("test_f1", {})
     attention, options = summary["attention"], summary["attention_options"]
-    if "began_sparsely" in summary:
-        table.add_row("began sparsely, with", str(summary["began_sparsely"]))
     if attention != "adaptive":
         settings = ", ".join(f"{key} {value}" for key, value in options.items())
         table.add_row("attention", f"{attention} ({settings})" if settings else attention)

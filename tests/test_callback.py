@@ -110,6 +110,39 @@ def test_learning_rate_factor_leaves_the_scheduler_alone(tmp_path, scheduler):
     assert scaled[6:] == pytest.approx([0.25 * rate for rate in plain[6:]])
 
 
+def test_without_a_dense_phase_the_learning_rate_is_that_of_the_schedule(tmp_path):
+    plain = fit(tmp_path, pl.Callback(), SomebodysModel("exponential")).rates
+    sparsity = always(lr_factor=0.25, mask="fisher", revise_interval=4, start="window", density=0.5)
+    module = fit(tmp_path, sparsity, SomebodysModel("exponential"))
+    assert module.rates == plain
+    assert module.first.is_sparse
+    assert (sparsity.transitions, sparsity.history) == ([], [])
+    assert {r.step for r in sparsity.revisions} <= {4, 8, 12, 16, 20}
+    assert sparsity.revisions
+
+
+def test_where_agreement_is_the_rule_no_score_matrix_is_computed(tmp_path, monkeypatch):
+    asked = []
+    original = AdaptiveAttention.observe
+
+    def observe(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        asked.append(self.statistics.score_matrix is not None)
+
+    monkeypatch.setattr(AdaptiveAttention, "observe", observe)
+    sparsity = always(agreement=0.5, agreement_lag=2)
+    fit(tmp_path, sparsity, accumulate_grad_batches=2, max_steps=8)
+    assert [t.step for t in sparsity.transitions] == [6, 6]
+    assert asked
+    assert not any(asked)
+    # Of several batches, the mean of their skewness; no distance.
+    assert all(layer["skewness"] == layer["skewness"] for record in sparsity.history for layer in record["layers"])
+    assert all(layer["distance"] != layer["distance"] for record in sparsity.history for layer in record["layers"])
+    asked.clear()
+    fit(tmp_path, always(), max_steps=6)
+    assert all(asked)
+
+
 def test_learning_rate_is_restored_and_hooks_are_removed(tmp_path):
     sparsity = always(lr_factor=0.5)
     module = fit(tmp_path, sparsity)
@@ -293,15 +326,12 @@ def test_a_guard_without_a_loss_is_refused(tmp_path):
         fit(tmp_path, always(guard=0.1), module, max_steps=8, val_check_interval=4, limit_val_batches=1)
 
 
-@pytest.mark.parametrize("mask", ["direct", "fisher", "revised"])
+@pytest.mark.parametrize("mask", ["direct", "fisher", "revised", "start"])
 @pytest.mark.parametrize("stop", [3, 6, 11])
 def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop, mask):
     torch.manual_seed(2)
-    options = (
-        {"mask": mask}
-        if mask != "revised"
-        else {"mask": "fisher", "revise_interval": 2, "keep_diagonal": False, "density": 0.6}
-    )
+    revised = {"mask": "fisher", "revise_interval": 2, "keep_diagonal": False, "density": 0.6}
+    options = {"revised": revised, "start": {**revised, "start": "bigbird"}}.get(mask, {"mask": mask})
     start = SomebodysModel().state_dict()
 
     def module():
@@ -338,10 +368,12 @@ def test_resumed_runs_reach_the_same_layouts_and_weights(tmp_path, stop, mask):
 
     resumed, resumed_sparsity = module(), always(**options)
     trainer(resumed_sparsity, 16).fit(resumed, Rest(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-    assert [t.step for t in resumed_sparsity.transitions] == [t.step for t in whole_sparsity.transitions] == [6, 6]
+    assert [t.step for t in resumed_sparsity.transitions] == [t.step for t in whole_sparsity.transitions]
+    assert [t.step for t in whole_sparsity.transitions] == ([] if mask == "start" else [6, 6])
     assert resumed_sparsity.layouts == whole_sparsity.layouts
     assert resumed_sparsity.revisions == whole_sparsity.revisions
-    assert bool(whole_sparsity.revisions) == (mask == "revised")
+    assert bool(whole_sparsity.revisions) == (mask in ("revised", "start"))
+    assert resumed_sparsity.began == whole_sparsity.began == ("bigbird" if mask == "start" else "")
     assert str(resumed_sparsity.history) == str(whole_sparsity.history)  # as text, since nan differs from itself
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 

@@ -191,7 +191,7 @@ def plot_carried(
         who, layout, mask = columns[number][row % 2]
         grouped |= _matrix(axes, mask, layout.block_size, edge, ticks=2)
         text = f"{who} · " if row % 2 == 0 else ""
-        text += f"{density_text(float(mask.float().mean()))} of {mask.shape[0]} x {mask.shape[1]}"
+        text += f"{density_text(float(mask.float().mean()))} of {mask.shape[0]} x {mask.shape[1]} blocks"
         axes.set_title(text, fontsize=7.5, color=INK, pad=2.5, loc="left")
         axes.tick_params(labelleft=place == 0)
     note = "above as it was learned, below as it is used here; dark = kept, light = skipped"

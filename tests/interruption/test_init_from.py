@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat import train
+from sat import report, train
 from sat.attention import AdaptiveAttention
+from sat.layout import BlockLayout
+from sat.scaling import scale_layout
+from tests.interruption import processes
 from tests.interruption.conftest import COMMAND, run_folder, write_inputs
 
 
@@ -107,3 +110,121 @@ def test_what_does_not_fit_is_refused(
     assert stop.value.code == 2
     assert expected in capsys.readouterr().err
     assert not (runs / "runs").exists()
+
+
+LONGER = ["--data.seq_len", 96, "--model.block_size", 8]
+REVISED = ["--sparsity.mask", "fisher", "--sparsity.revise_interval", 6]
+
+
+def given(*arguments: object) -> list[str]:
+    return [*COMMAND, *map(str, arguments)]
+
+
+def test_what_was_learned_is_carried_to_longer_sequences(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = last(runs / "sparse")
+    run = begun(monkeypatch, runs, "--init_from", run_folder_of(runs, "sparse"), *LONGER, *REVISED)
+    found, expected = run.module.state_dict(), weights(source)
+    positions = expected.pop("model.encoder.positions")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    # New positions lie a quarter of the way to the neighbours of the one they come from.
+    between = 0.75 * positions[1:] + 0.25 * positions[:-1]
+    torch.testing.assert_close(found["model.encoder.positions"][2::2], between)
+    attentions = [m for m in run.module.modules() if isinstance(m, AdaptiveAttention)]
+    for attention, state in zip(
+        attentions, source["callbacks"]["AdaptiveSparsity"]["controller"]["layers"], strict=True
+    ):
+        assert attention.is_sparse
+        carried = scale_layout(BlockLayout(state["layout"], 8), 48, 96)
+        assert torch.equal(attention.layout.mask, carried.mask.expand(2, -1, -1))
+
+    def folder_of(name: str) -> Path:
+        (folder,) = (tmp_path / name / "tiny").iterdir()
+        return folder
+
+    (tmp_path / "one").mkdir()
+    options = given("--init_from", run_folder_of(runs, "sparse"), *LONGER, *REVISED)
+    summary = train.main([*options, "--output_dir", str(tmp_path / "one")])
+    assert summary["began_sparsely"] == f"the layouts of {run_folder_of(runs, 'sparse')}/checkpoints/last.ckpt"
+    assert (summary["transitions"], summary["steps"]) == ([], 20)
+    assert {revision["step"] for revision in summary["revisions"]} <= {6, 12, 18}
+    assert list(summary["median_step_ms"]) == ["sparse"]
+    assert (folder_of("one") / "layouts_before_after.png").is_file()
+    # Its config says the same again, and a run that was stopped goes on as if it had not been.
+    again = ["--config", str(folder_of("one") / "config.yaml"), "--output_dir", str(tmp_path / "two")]
+    (runs / "output").unlink(missing_ok=True)
+    status, output = processes.run(runs, again, ("send", "sat.module:ClassificationModule.training_step", 15, 9))
+    assert status == -9, output
+    assert "begins sparsely, with its layouts: 6 x 6 blocks of 8 have become 12 x 12 blocks of 8" in output
+    train.main([*again, "--ckpt_path", str(folder_of("two") / "checkpoints" / "last.ckpt")])
+    first, second = (last(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
+    for folder in ("one", "two"):
+        page = report.main([str(folder_of(folder))]).read_text()
+        assert "Training was sparse from the first step on, with the layouts of" in page
+        assert "There was no dense phase" in page
+
+
+def test_a_checkpoint_of_a_run_without_a_dense_phase_can_be_shown(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(runs)
+    start = ["--sparsity.start", "window", "--output_dir", "started", "--trainer.max_steps", 4]
+    summary = train.main(given(*start, *REVISED))
+    assert summary["began_sparsely"] == "window"
+    assert "begins sparsely, with the structure window" in capsys.readouterr().out
+    page = report.main([str(run_folder_of(runs, "started") / "checkpoints" / "last.ckpt")]).read_text()
+    assert "Training was sparse from the first step on, with the structure window" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sparse"),
+    [
+        (["--init_layouts", "true"], True),
+        (["--init_layouts", "true", "--model.block_size", 16], True),
+        ([], False),
+        ([*LONGER, "--init_layouts", "false"], False),
+        ([*LONGER, "--init_layouts", "false", "--sparsity.start", "bigbird", *REVISED], True),
+        ([*LONGER, "--model.attention", "dense"], False),
+    ],
+)
+def test_layouts_are_carried_as_one_says(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], sparse: bool
+):
+    run = begun(monkeypatch, runs, "--init_from", run_folder_of(runs, "sparse"), *arguments)
+    assert [m.is_sparse for m in run.module.modules() if isinstance(m, AdaptiveAttention)] == [sparse] * 2
+    assert bool(run.carried) == ("true" in arguments)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "expected"),
+    [
+        (
+            "sparse",
+            ["--data.seq_len", 40],
+            "was trained on 48 tokens, this run has 40; what was learned can be carried",
+        ),
+        ("sparse", ["--data.seq_len", 100], "48 tokens: 100 tokens are no whole multiple of 48, .* such as 144"),
+        ("sparse", [*LONGER, "--model.num_heads", 1], None),
+        ("sparse", [*LONGER, "--sparsity.guard", 0.1], "guard=0.1 compares with the loss of the dense phase"),
+        ("dense", ["--init_layouts", "true"], "has no layouts to begin with, for its training was not sparse in all"),
+        (
+            "sparse",
+            ["--init_layouts", "true", "--model.attention", "dense"],
+            "gives layouts to adaptive attention, but",
+        ),
+    ],
+)
+def test_what_cannot_be_carried_is_refused(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, source: str, arguments: list[object], expected: str | None
+):
+    arguments = ["--init_from", run_folder_of(runs, source), *arguments]
+    if expected is None:  # layouts that all heads share do for any number of them
+        begun(monkeypatch, runs, *arguments)
+        return
+    with pytest.raises(ValueError, match=expected):
+        begun(monkeypatch, runs, *arguments)
+
+
+def test_layouts_need_a_run_to_come_from(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(
+        ValueError, match="--init_layouts true takes layouts from another run; name it with --init_from"
+    ):
+        begun(monkeypatch, runs, "--init_layouts", "true")
