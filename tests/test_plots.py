@@ -18,6 +18,7 @@ from sat.plots import (
     PRUNED,
     attention_pixels,
     layout_pixels,
+    plot_carried,
     plot_layer,
     plot_layouts,
     plot_reach,
@@ -265,3 +266,31 @@ def test_pixels_are_the_same_colours_as_in_pictures() -> None:
 def test_a_figure_shows_itself_in_a_notebook() -> None:
     for figure in (plot_layouts([layout()]), statistics(1), plot_training({"train/loss": ([1, 2], [2.0, 1.0])})):
         assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+
+
+def test_what_was_not_measured_because_the_agreement_decides_has_no_panel() -> None:
+    undefined = [[math.nan, math.nan]]
+    options = {"theta": None, "delta": None, "agreement": [[0.5, 0.9]], "least_agreement": 0.8}
+    panels = plot_statistics([0, 1], [[0.5, 1.0]], undefined, **options).axes  # type: ignore[arg-type]
+    assert [axes.get_ylabel().split()[0] for axes in panels] == ["skewness", "agreement"]
+    panels = plot_statistics([0, 1], [[0.5, 1.0]], [[1.0, 2.0]], **options).axes  # type: ignore[arg-type]
+    assert [axes.get_ylabel().split()[0] for axes in panels] == ["skewness", "relative", "agreement"]
+
+
+def test_carried_layouts_stand_below_what_they_were(tmp_path: Path) -> None:
+    before = [layout(2, block_size=8), layout(1, block_size=8), layout(2, block_size=8)]
+    after = [layout(2, 32, 32), layout(1, 32, 32), layout(1, 32, 32)]
+    figure = plot_carried(before, after, tmp_path / "carried.png")
+    assert (tmp_path / "carried.png").is_file()
+    # Five columns, of which four stand beside each other.
+    expected = [before[0].mask[0], before[0].mask[1], before[1].mask[0], before[2].mask[0]]
+    expected += [after[0].mask[0], after[0].mask[1], after[1].mask[0], after[2].mask[0]]
+    expected += [before[2].mask[1], after[2].mask[0]]
+    drawn = images(figure)
+    assert len(drawn) == len(expected)
+    for image, mask in zip(drawn, expected, strict=True):
+        assert torch.equal(torch.as_tensor(image.get_array()).bool(), mask)
+    assert "layer 2 · head 1 · " in words(figure)
+    assert "of 32 x 32 blocks" in words(figure)
+    with pytest.raises(ValueError, match="a layout after for each before, got 3 and 2"):
+        plot_carried(before, after[:2])

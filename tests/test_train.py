@@ -515,6 +515,13 @@ class TestBadInput:
             (["--config", "tiny.yaml", "--sparsity.density", 1.5], "density"),
             (["--config", "tiny.yaml", "--sparsity.coverage", 0.5], "coverage"),
             (["--config", "tiny.yaml", "--sparsity.smoothing", 2], "smoothing"),
+            (["--config", "tiny.yaml", "--sparsity.start", "ring"], "ring"),
+            (["--config", "tiny.yaml", "--sparsity.start", "window"], "without revise_interval would never change"),
+            (["--config", "path256.yaml", "--sparsity.guard", 0.1], "start='window' does without; leave guard away"),
+            (
+                ["--config", "pathx.yaml", "--sparsity.agreement", "null"],
+                "1.0 GiB a layer, in memory and in checkpoint",
+            ),
             (["--config", "tiny.yaml", "--model.block_size", 100], "block_size 100 exceeds seq_len 64"),
             (["--config", "tiny.yaml", "--model.num_heads", 3], "width 16 cannot be split among 3 heads"),
             (["--config", "tiny.yaml", "--data.batch_size", 0], "batch_size"),
