@@ -254,8 +254,9 @@ def load_weights(path: Path, module: LightningModule, *, pictures: bool = False)
         for state in (module.state_dict(), checkpoint["state_dict"])
     )
     there, here = theirs.get(POSITIONS), ours.get(POSITIONS)
-    if isinstance(there, Tensor) and here is not None and there.dim() == 2 and len(there) != len(here):
-        theirs[POSITIONS] = interpolate_positions(there, *_grids(path, len(there), len(here), pictures))
+    if isinstance(there, Tensor) and here is not None and there.dim() == 2 and there.is_floating_point():
+        grids = _grids(path, len(there), len(here), pictures)
+        theirs[POSITIONS] = there if len(there) == len(here) else interpolate_positions(there, *grids)
     _check_weights(path, ours, theirs, "--init_from")
     try:
         learned = _learned(checkpoint)
@@ -266,6 +267,7 @@ def load_weights(path: Path, module: LightningModule, *, pictures: bool = False)
 
 
 def _grids(path: Path, length: int, new_length: int, pictures: bool) -> tuple[Grid, Grid]:
+    """See :func:`position_grids`, with sentences that name the checkpoint."""
     if length > new_length:
         raise ValueError(
             f"{path} was trained on {length:,} tokens, this run has {new_length:,}; what was learned can be carried to "

@@ -279,9 +279,12 @@ class Run:
         assert attention is not None
         assert self.sparsity is not None
         lengths, size, pictures = (learned.length, attention.seq_len), attention.block_size, self.data.pixel_tokens
-        carried = [(each, scale_layout(each, *lengths, block_size=size, pictures=pictures)) for each in learned.layouts]
-        self.sparsity.begin_with([here for _, here in carried], f"the layouts of {self.weights}")
-        return carried
+        try:
+            here = [scale_layout(each, *lengths, block_size=size, pictures=pictures) for each in learned.layouts]
+        except ValueError as error:
+            raise ValueError(f"the layouts of {self.weights}: {error}; or give --init_layouts false") from error
+        self.sparsity.begin_with(here, f"the layouts of {self.weights}")
+        return list(zip(learned.layouts, here, strict=True))
 
     def _spion(self, trainer: Namespace, interval: int) -> dict[str, Any]:
         """A published method with its own rules, which prevail over what the config says of SAT's."""
