@@ -228,3 +228,24 @@ def test_layouts_need_a_run_to_come_from(runs: Path, monkeypatch: pytest.MonkeyP
         ValueError, match="--init_layouts true takes layouts from another run; name it with --init_from"
     ):
         begun(monkeypatch, runs, "--init_layouts", "true")
+
+
+def test_pictures_are_stretched_along_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--name", "digits", "--data.name", "digits", "--data.batch_size", 8, "--model.width", 16]
+    small += ["--sparsity.density", 0.3, "--sparsity.interval", 1, "--sparsity.max_dense_steps", 1]
+    small += ["--trainer.accelerator", "cpu", "--trainer.limit_val_batches", 1, "--trainer.limit_test_batches", 1]
+    size = ["--data.image_size", 8, "--model.block_size", 8, "--trainer.max_steps", 2]
+    train.main([*map(str, [*small, *size])])
+    (folder,) = (tmp_path / "runs" / "digits").iterdir()
+    options = [*small, "--data.image_size", 16, "--model.block_size", 16, "--trainer.max_steps", 2]
+    run = train.Run(*train.parse([*map(str, options), "--init_from", str(folder)]), train.Console())
+    learned = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    name = "model.encoder.positions"
+    before, after = learned[name].unflatten(0, (8, 8)), run.module.state_dict()[name].unflatten(0, (16, 16))
+    expected = 0.75 * before[1:, 0] + 0.25 * before[:-1, 0]  # the first column of pixels has no neighbour on its left
+    torch.testing.assert_close(after[2::2, 0], expected)
+    for index, attention in enumerate(m for m in run.module.modules() if isinstance(m, AdaptiveAttention)):
+        kept = learned[f"model.encoder.layers.{index}.attention.layout_mask"]
+        # A block is a row of pixels, in both.
+        assert torch.equal(attention.layout_mask, kept.repeat_interleave(2, 1).repeat_interleave(2, 2))
