@@ -20,5 +20,5 @@ class AttentionStatistics(NamedTuple):
 
     pooled: Tensor
     skewness: Tensor
-    score_matrix: Tensor | None
+    score_matrix: Tensor | None = None
     sensitivity: Tensor | None = None
