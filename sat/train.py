@@ -192,6 +192,8 @@ class Run:
             layers = sum(isinstance(module, AdaptiveAttention) for module in model.modules())
             graphs = (3 + args.trainer.accumulate_grad_batches) * (layers + 2)
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
+            # What is observed in a layer whose activations are not kept is observed once.
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             model.compile(fullgraph=True)
         self.sparsity = self._make_sparsity(args)
         checkpoint = checkpoints.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
