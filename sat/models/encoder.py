@@ -230,7 +230,7 @@ class SequenceClassifier(nn.Module):
             pruned=pruned,
             activation_checkpointing=activation_checkpointing,
         )
-        self.towers = towers
+        self.towers, self.activation_checkpointing = towers, activation_checkpointing
         features = width if towers == 1 else 4 * width
         self.head = nn.Sequential(nn.Linear(features, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
 

@@ -73,7 +73,7 @@ class PretrainedClassifier(nn.Module):
         if dropout is not None and not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.pretrained, self.attention, self.block_size = pretrained, attention, block_size
-        self.extend_positions = extend_positions
+        self.extend_positions, self.activation_checkpointing = extend_positions, activation_checkpointing
         self.attention_options: dict[str, Any] = {}
         self.model, self.new_weights = _load(pretrained, num_classes, inputs, dropout)
         self.model.train()  # transformers hands models over in evaluation mode, and Lightning leaves modes alone
