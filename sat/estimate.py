@@ -240,9 +240,13 @@ class Estimate(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings."""
-        results = {name: getattr(self, name)() for name in ("test_seconds", "total_seconds")}
-        kinds = {name: kind._asdict() for name, kind in self.kinds.items()}
-        return {**self._asdict(), "kinds": kinds, **results}
+        return {
+            **self._asdict(),
+            "kinds": {name: kind._asdict() for name, kind in self.kinds.items()},
+            "training_seconds": tuple(map(self.training_seconds, self.dense_steps)),  # of the least and the most
+            "test_seconds": self.test_seconds(),
+            "total_seconds": self.total_seconds(),
+        }
 
 
 def measure(
