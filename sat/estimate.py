@@ -61,14 +61,16 @@ class Clock:
         self.peaks[kind] = max(peak_mib, self.peaks.get(kind, 0.0))
 
     def counted(self, kind: str) -> list[float]:
-        """Without the first ones."""
-        return self.times.get(kind, [])[WARM_UP:]
+        """Without the first ones; of validations the second half: a last batch may be smaller, and compile anew."""
+        times = self.times.get(kind, [])
+        return times[len(times) // 2 if kind.startswith("validation") else WARM_UP :]
 
     def kinds(self) -> dict[str, Kind]:
-        """All of which some count; of a few batches, the last one does."""
+        """What was seen, in the order in which it was."""
         found = {}
         for kind, times in self.times.items():
-            counted = times[WARM_UP:] or times[-1:]
+            if not (counted := self.counted(kind)):
+                continue
             first = times[: len(times) - len(counted)]
             mean = fmean(counted)
             extra = max(0.0, sum(first) - len(first) * mean)
@@ -305,7 +307,8 @@ def measure(
         limit = min(EVAL_BATCHES, max(batches.values()))
         validating = make_trainer([EvalClock(f"validation, {phase}", times)], limit_val_batches=limit)
         with _fitting(lambda phase=phase: f"{phase} validation", data, module, rehearsed, "eval_batch_size"):  # type: ignore[misc]
-            validating.validate(module, datamodule=data, verbose=False)
+            for _ in range(2 if limit else 0):
+                validating.validate(module, datamodule=data, verbose=False)
     steps, validations = _lengths(planned, rehearsed)
     least, most = rehearsal.least, steps if rehearsal.most is None else rehearsal.most
     return Estimate(
