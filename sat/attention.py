@@ -26,7 +26,8 @@ class AdaptiveAttention(nn.Module):
         dropout: probability with which an attention weight is dropped in training.
         is_causal: query i sees keys 0 to i only.
         pruned: ``"drop"`` or ``"zero"``, see :func:`sat.ops.block_sparse_attention`.
-        backend: backend of the sparse phase. The dense phase is PyTorch's fused attention.
+        backend: backend of the sparse phase. The dense phase is PyTorch's fused attention, but where that would hold
+            ``[L, S]``, with dropout on a CPU or with padding under ``is_causal``, block-sparse attention of all blocks.
 
     Raises:
         ValueError: an argument is out of range.
@@ -167,17 +168,28 @@ class AdaptiveAttention(nn.Module):
             if watched is not context and query_padding_mask is not None:  # no block matters to them
                 watched = watched.masked_fill(~query_padding_mask[:, None, :, None], 0)
             return watched
-        if key_padding_mask is None:
+        if (dropout > 0 and query.device.type == "cpu") or (self.is_causal and key_padding_mask is not None):
+            # PyTorch has no fused kernel for the first and none that needs no [L, S] mask for the second: by blocks, of
+            # which all are kept. Exact, and what it holds grows with the length only.
+            context = ops.block_sparse_attention(
+                query,
+                key,
+                value,
+                self._layout_for(query_length, key_length),
+                key_padding_mask=key_padding_mask,
+                is_causal=self.is_causal,
+                dropout_p=dropout,
+                scale=scale,
+            )
+        elif key_padding_mask is None:
             context = F.scaled_dot_product_attention(
                 query, key, value, dropout_p=dropout, is_causal=self.is_causal, scale=scale
             )
-            return self.watch(context, query, key, value, None, scale)
-        mask = key_padding_mask[:, None, None, :]
-        if self.is_causal:
-            mask = mask & torch.ones(query_length, key_length, dtype=torch.bool, device=mask.device).tril()
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
-        # PyTorch's kernels disagree on rows without a key (0, NaN or the mean of all values); ours are 0.
-        context = context.masked_fill(~mask.any(-1, keepdim=True), 0)
+        else:
+            mask = key_padding_mask[:, None, None, :]
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+            # PyTorch's kernels disagree on rows without a key (0, NaN or the mean of all values); ours are 0.
+            context = context.masked_fill(~mask.any(-1, keepdim=True), 0)
         return self.watch(context, query, key, value, key_padding_mask, scale)
 
     def _layout_for(self, query_length: int, key_length: int) -> BlockLayout:
@@ -207,6 +219,8 @@ class AdaptiveAttention(nn.Module):
         scale: float | None = None,
     ) -> None:
         """Leave the statistics of the first ``observe_samples`` samples in ``statistics``; arguments as in forward."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing, which computes the layer again in the backward pass: observed already
         first = slice(self.observe_samples)
         self.observed_samples = len(query[first])
         statistics = ops.attention_statistics(

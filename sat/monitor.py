@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 import time
@@ -224,6 +225,21 @@ class Monitor(Callback):
         self.validated_at = state_dict["validated_at"]
         self._trained_before = state_dict.get("training_seconds", 0.0)  # the first files do not say
         self.peak_memory = dict(state_dict.get("peak_memory", {}))
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor and how many threads PyTorch has there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
 
 
 def transition_table(transitions: list[Any]) -> Table:

@@ -28,7 +28,7 @@ from sat.files import disk_errors, reason, written_whole
 from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
-from sat.monitor import Monitor
+from sat.monitor import Monitor, device_name
 from sat.plots import plot_carried, plot_layouts, plot_statistics
 
 CONFIG_FOLDER = "configs"
@@ -281,9 +281,7 @@ def summarize(
         "density": round(sum(layout.density for layout in layouts) / len(layouts), 4) if layouts else None,
         "steps": trainer.global_step,
         "processes": trainer.world_size,
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "versions": {package: metadata.version(package) for package in packages}
         | {"python": platform.python_version()},
         "validation_accuracy": {key: round(value, 4) for key, value in monitor.validation_accuracy.items()},
@@ -313,14 +311,6 @@ def summarize(
                 str(layer): sparsity.controller.missing[layer] for layer in sparsity.controller.dense_layers
             }
     return summary
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, IndexError):
-        return platform.processor() or platform.machine()
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -30,7 +31,7 @@ from rich.console import Console
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from sat import checkpoints, runs
+from sat import checkpoints, estimate, runs
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, ColorImageDataModule, ListOps, SequenceDataModule, TextDataModule
@@ -112,6 +113,9 @@ def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
     parser.add_argument(
         "--process_timeout", type=int, default=600, help="seconds that processes wait for one another before they stop"
     )
+    parser.add_argument(
+        "--estimate", type=bool, default=False, help="say what time and memory the run will take here, and do not train"
+    )
     parser.add_argument("--data.name", type=str, required=True, help=f"data set: {', '.join(DATASETS)}")
     parser.add_class_arguments(DATASETS[data_name], "data", skip={"seed"})
     model = PretrainedClassifier if pretrained else SequenceClassifier
@@ -176,8 +180,13 @@ class Run:
     """One training, from its arguments: set up, train, test, report."""
 
     def __init__(self, args: Namespace, parser: ArgumentParser, console: Console) -> None:
+        self.began = time.perf_counter()
         self.console = console
         self.name = args.name
+        if args.estimate and args.ckpt_path is not None:
+            raise ValueError(
+                f"--estimate is of a whole run, not of the rest of one; leave --ckpt_path {args.ckpt_path} out"
+            )
         seed_everything(args.seed, verbose=False)
         self.data = data = _make_data(args)
         self.model = model = _make_model(args, data)
@@ -192,6 +201,8 @@ class Run:
             layers = sum(isinstance(module, AdaptiveAttention) for module in model.modules())
             graphs = (3 + args.trainer.accumulate_grad_batches) * (layers + 2)
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
+            # What is observed in a layer whose activations are not kept is observed once.
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             model.compile(fullgraph=True)
         self.sparsity = self._make_sparsity(args)
         checkpoint = checkpoints.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
@@ -227,27 +238,29 @@ class Run:
             enable_version_counter=False,
             save_on_train_epoch_end=False,  # at the end of validation, whether or not an epoch ends there
         )
-        options = args.trainer.as_dict()
+        self._trainer_options = args.trainer.as_dict()
+        loggers = [CSVLogger(self.folder, name="csv"), TensorBoardLogger(self.folder, name="tensorboard", version="")]
+        self.trainer = self._make_trainer(self._callbacks(), logger=loggers)
+        if hasattr(self.trainer.strategy, "_timeout"):  # there is no other way to it where Lightning chooses
+            self.trainer.strategy._timeout = timedelta(seconds=args.process_timeout)
+        console.quiet = self.trainer.global_rank > 0
+        if self.checkpoint is not None:
+            checkpoints.check_processes(self.checkpoint, self.trainer, data.batch_size)
+
+    def _make_trainer(self, callbacks: list[Callback], **options: Any) -> Trainer:
+        """A trainer with the run's settings, of which options given here take precedence."""
+        options = {**self._trainer_options, **options}
         if options["strategy"] == "fsdp2":
             options["strategy"] = FullySharded()
-        self.trainer = Trainer(
+        return Trainer(
             **options,
-            logger=[
-                CSVLogger(self.folder, name="csv"),
-                TensorBoardLogger(self.folder, name="tensorboard", version=""),
-            ],
-            callbacks=self._callbacks(),
+            callbacks=callbacks,
             plugins=[WholeCheckpoints()],
             use_distributed_sampler=False,  # our loaders know their rank
             enable_model_summary=False,
             enable_progress_bar=False,  # ours counts steps
             default_root_dir=self.folder,
         )
-        if hasattr(self.trainer.strategy, "_timeout"):  # there is no other way to it where Lightning chooses
-            self.trainer.strategy._timeout = timedelta(seconds=args.process_timeout)
-        console.quiet = self.trainer.global_rank > 0
-        if self.checkpoint is not None:
-            checkpoints.check_processes(self.checkpoint, self.trainer, data.batch_size)
 
     def _make_sparsity(self, args: Namespace) -> AdaptiveSparsity | None:
         """What switches the model to sparse attention, if it learns layouts at all."""
@@ -346,11 +359,7 @@ class Run:
             first = not (self.folder / "config.yaml").exists()
             with written_whole(self.folder / ("config.yaml" if first else "config_resumed.yaml")) as temporary:
                 temporary.write_text(self.config)
-            self.data.prepare_data()
-            self.data.setup("fit")
-            # Refuses a batch that is larger than the training set, and empty splits.
-            for loader in (self.data.train_dataloader, self.data.val_dataloader, self.data.test_dataloader):
-                loader()
+            self._read_data()
         except BaseException:
             if new:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -375,6 +384,39 @@ class Run:
             self.console.print(f"begins sparsely, with the structure {self.sparsity.began}", highlight=False)
         if isinstance(self.model, PretrainedClassifier):
             self.console.print(self.model.origin(), highlight=False, soft_wrap=True)
+
+    def _read_data(self) -> None:
+        self.data.prepare_data()
+        self.data.setup("fit")
+        # Refuses a batch that is larger than the training set, and empty splits.
+        for loader in (self.data.train_dataloader, self.data.val_dataloader, self.data.test_dataloader):
+            loader()
+
+    def estimate(self) -> dict[str, Any]:
+        """Measure what the run will take, in place of :meth:`prepare` and all that follows; leaves no folder.
+
+        Raises:
+            estimate.DoesNotFit: a phase runs out of memory.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"--estimate measures one process, and this run has {self.trainer.world_size}; give --trainer.devices 1"
+            )
+        self.console.print(f"{self.name}: reading the data, which stays prepared for the run", highlight=False)
+        self._read_data()
+        found = estimate.measure(
+            partial(self._make_trainer, logger=False, enable_checkpointing=False),
+            self.trainer,
+            self.module,
+            self.data,
+            self.sparsity,
+            self.model.attention,
+            saves_every=self.save_last.every_n_steps,
+            setup_seconds=time.perf_counter() - self.began,
+            note=lambda what: self.console.print(f"measuring: {what}", highlight=False),
+        )
+        estimate.show(self.console, self.name, found, self.data, self.trainer.strategy.root_device)
+        return found.as_dict()
 
     def train(self) -> None:
         """To the end; leaves ``last.ckpt`` as it is then."""
@@ -537,12 +579,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     console = Console()
     _quiet_lightning()
     try:
-        run = Run(*parse(argv), console)
+        args, parser = parse(argv)
+        run = Run(args, parser, console)
+        if args.estimate:
+            return run.estimate()
         run.prepare()
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
         _fail(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
         _fail("interrupted before the first step; nothing was begun", 130)
+    except (estimate.DoesNotFit, FloatingPointError) as error:
+        _fail(str(error), 1)
     try:
         run.train()
         return run.report()

@@ -36,6 +36,7 @@ FLOORS = {
     "saving": 5,
     "page": 5,
     "findings": 5,
+    "estimate": 6,
     "runs": 6,
     "sections": 6,
     "train": 7,

@@ -68,6 +68,12 @@ SECTIONS = (
         speed.training,
     ),
     Section(
+        "Estimates",
+        "What `--estimate true` said of a training before it, and what the training took.",
+        {"estimates.json": "python -m experiments.estimates --data DATA"},
+        speed.estimates,
+    ),
+    Section(
         "Longformer and BigBird",
         "Our layers beside those of Hugging Face, projections included, forward and backward.",
         {"cpu_baselines.json": "OMP_NUM_THREADS=2 python -m experiments.cpu_baselines"},

@@ -116,6 +116,21 @@ def training(content: Content) -> Shown:
     return Shown(text, short)
 
 
+def estimates(content: Content) -> Shown:
+    """What ``--estimate`` said beside what the training then took."""
+    rows, errors = [], []
+    for task, part in content["tasks"].items():
+        for name, figures in part["figures"].items():
+            share = figures["error"]
+            rows.append(
+                [task, name, number(figures["estimated"]), number(figures["measured"]), f"{100 * share:+.0f} %"]
+            )
+            errors.append((abs(share), f"{task}, {name}"))
+    text = [markdown(["task", "", "estimated", "measured", "error"], rows, left=(0, 1))]
+    worst, what = max(errors, default=(0.0, ""))
+    return Shown(text, [f"The estimate that is furthest off is {100 * worst:.0f} % off: {what}."] if errors else [])
+
+
 def quartiles(figures: dict[str, Any]) -> str:
     low, high = figures["quartiles_ms"]
     return f"{number(low)} to {number(high)}"

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sat import ops
 from sat.attention import AdaptiveAttention
@@ -24,9 +25,18 @@ AttentionOptions = dict[str, bool | int | float | str | list[int] | None]
 class EncoderLayer(nn.Module):
     """Attention and MLP, each behind a LayerNorm and beside a residual connection."""
 
-    def __init__(self, width: int, num_heads: int, mlp_dim: int, dropout: float, attention: nn.Module) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_dim: int,
+        dropout: float,
+        attention: nn.Module,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.width, self.num_heads = width, num_heads
+        self.activation_checkpointing = activation_checkpointing
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attention = attention
@@ -42,6 +52,12 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """``[B, L, W]`` to ``[B, L, W]``; ``padding_mask`` bool ``[B, L]``, True = a real token."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # In here, not around the module: hooks such as FSDP's run once, before what is computed again.
+            return checkpoint(self._forward, x, padding_mask, use_reentrant=False)
+        return self._forward(x, padding_mask)
+
+    def _forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         normed = self.attention_norm(x)
         query, key, value = self._heads(self.query_key_value(normed))
         options: dict[str, Tensor | None] = {"key_padding_mask": padding_mask, "query_padding_mask": padding_mask}
@@ -74,6 +90,7 @@ class Encoder(nn.Module):
         attention: AttentionName = "adaptive",
         attention_options: Mapping[str, Any] | None = None,
         pruned: ops.Pruned = "drop",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         attentions: list[nn.Module] = []
@@ -97,7 +114,9 @@ class Encoder(nn.Module):
         if self.prepended:
             self.global_tokens = nn.Parameter(torch.empty(self.prepended, width))
             nn.init.normal_(self.global_tokens, std=0.02)
-        self.layers = nn.ModuleList(EncoderLayer(width, num_heads, mlp_dim, dropout, each) for each in attentions)
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, num_heads, mlp_dim, dropout, each, activation_checkpointing) for each in attentions
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -141,6 +160,8 @@ class SequenceClassifier(nn.Module):
         block_size: edge of the layouts' blocks, in tokens.
         pruned: of ``adaptive`` and ``spion``: ``drop`` leaves scores outside of the layout out of the softmax, ``zero``
             counts each of them as a logit of 0, as the paper's kernels do.
+        activation_checkpointing: keep only the input of each layer for the backward pass, which computes the rest of
+            the layer once more: less memory for more time, the same results.
         towers: sequences in a sample, 1 or 2.
 
     Raises:
@@ -163,6 +184,7 @@ class SequenceClassifier(nn.Module):
         attention_options: AttentionOptions | None = None,
         block_size: int = 32,
         pruned: ops.Pruned = "drop",
+        activation_checkpointing: bool = False,
         towers: int = 1,
     ) -> None:
         super().__init__()
@@ -206,8 +228,9 @@ class SequenceClassifier(nn.Module):
             attention_options=attention_options,
             block_size=block_size,
             pruned=pruned,
+            activation_checkpointing=activation_checkpointing,
         )
-        self.towers = towers
+        self.towers, self.activation_checkpointing = towers, activation_checkpointing
         features = width if towers == 1 else 4 * width
         self.head = nn.Sequential(nn.Linear(features, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
 

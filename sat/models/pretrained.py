@@ -34,9 +34,12 @@ class PretrainedClassifier(nn.Module):
         freeze_backbone: train only the head and what else the files lack.
         extend_positions: where sequences (or pictures) are longer than the model was trained for, extend its learned
             positions; without it, such data is refused.
+        activation_checkpointing: keep only the input of each layer for the backward pass, which computes the rest of
+            the layer once more: less memory for more time, the same results.
 
     Raises:
-        ValueError: no ``pretrained`` is given, an argument is out of range, or the folder holds no model for this task.
+        ValueError: no ``pretrained`` is given, an argument is out of range, the folder holds no model for this task, or
+            the model knows no activation checkpointing.
         ConnectionError: there is no such folder, and the hub does not give the model.
         ImportError: transformers is missing.
     """
@@ -52,6 +55,7 @@ class PretrainedClassifier(nn.Module):
         dropout: float | None = None,
         freeze_backbone: bool = False,
         extend_positions: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if not pretrained:
@@ -69,10 +73,17 @@ class PretrainedClassifier(nn.Module):
         if dropout is not None and not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.pretrained, self.attention, self.block_size = pretrained, attention, block_size
-        self.extend_positions = extend_positions
+        self.extend_positions, self.activation_checkpointing = extend_positions, activation_checkpointing
         self.attention_options: dict[str, Any] = {}
         self.model, self.new_weights = _load(pretrained, num_classes, inputs, dropout)
         self.model.train()  # transformers hands models over in evaluation mode, and Lightning leaves modes alone
+        if activation_checkpointing:
+            if not self.model.supports_gradient_checkpointing:
+                raise ValueError(
+                    f"{type(self.model).__name__} of transformers knows no activation checkpointing; leave "
+                    f"model.activation_checkpointing out"
+                )
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if freeze_backbone:
             for name, parameter in self.model.named_parameters():
                 # Of what the backbone lacks, such as a pooler, random values would be frozen.

@@ -46,34 +46,45 @@ def block_sensitivity(
         """``[..., S]`` to sums ``[..., N]``."""
         return F.pad(x, (0, tail)).unflatten(-1, (columns, -1)).sum(-1)
 
-    # Whole block rows at a time, so that each is summed at once.
-    step = max(1, CHUNK_ELEMENTS // (batch * heads * key_length * block_size)) * block_size
+    # Whole block rows at a time, so that each is summed at once; some samples at a time where a row of all is too much.
+    samples = max(1, min(batch, CHUNK_ELEMENTS // (heads * key_length * block_size)))
+    step = max(1, CHUNK_ELEMENTS // (samples * heads * key_length * block_size)) * block_size
     for start in range(0, query_length, step):
         rows = slice(start, min(start + step, query_length))
-        scores = (query[:, :, rows].to(compute) * scale) @ keys
-        if key_padding_mask is not None:
-            scores.masked_fill_(~key_padding_mask[:, None, None, :], -math.inf)
+        future = None
         if is_causal:
             positions = torch.arange(rows.start, rows.stop, device=query.device)
             future = torch.arange(key_length, device=query.device) > positions[:, None]
-            scores.masked_fill_(future, -math.inf)
         kept = None
         if layout_mask is not None:
             kept = layout_mask[:, start // block_size : -(-rows.stop // block_size)]
-            kept = kept.repeat_interleave(block_size, 1)[:, : scores.shape[2]]
-        weights, base = _weights(scores, kept, block_size)
-        gains = by_blocks(weights * (grad[:, :, rows].to(compute) @ values))
-        shares = by_blocks(weights)
-        kept_gains, kept_shares = (gains, shares) if kept is None else (gains * kept, shares * kept)
-        # The gradient times the attention's output, and what it would be without each kept block: the mean over the
-        # others, from their own sums, since a difference of nearly equal numbers would be rounding.
-        output = kept_gains.sum(3, keepdim=True)
-        effects = output - _divided(_others(kept_gains), _others(kept_shares))
-        if kept is not None:
-            effects = torch.where(kept, effects, _divided(gains - shares * output, base + shares))
-        effects.masked_fill_(shares == 0, 0)  # padding, the future: no rounding in the place of nothing
-        effects = F.pad(effects, (0, 0, 0, -effects.shape[2] % block_size))
-        parts.append(effects.unflatten(2, (-1, block_size)).sum(3).square().mean(0).float())
+            kept = kept.repeat_interleave(block_size, 1)[:, : rows.stop - rows.start]
+        total: Tensor | None = None
+        for begin in range(0, batch, samples):
+            group = slice(begin, begin + samples)
+            scores = (query[group, :, rows].to(compute) * scale) @ keys[group]
+            if key_padding_mask is not None:
+                scores.masked_fill_(~key_padding_mask[group, None, None, :], -math.inf)
+            if future is not None:
+                scores.masked_fill_(future, -math.inf)
+            weights, base = _weights(scores, kept, block_size)
+            del scores  # the weights are in its place
+            gains = by_blocks((grad[group, :, rows].to(compute) @ values[group]).mul_(weights))
+            shares = by_blocks(weights)
+            del weights
+            kept_gains, kept_shares = (gains, shares) if kept is None else (gains * kept, shares * kept)
+            # The gradient times the attention's output, and what it would be without each kept block: the mean over
+            # the others, from their own sums, since a difference of nearly equal numbers would be rounding.
+            output = kept_gains.sum(3, keepdim=True)
+            effects = output - _divided(_others(kept_gains), _others(kept_shares))
+            if kept is not None:
+                effects = torch.where(kept, effects, _divided(gains - shares * output, base + shares))
+            effects.masked_fill_(shares == 0, 0)  # padding, the future: no rounding in the place of nothing
+            effects = F.pad(effects, (0, 0, 0, -effects.shape[2] % block_size))
+            squares = effects.unflatten(2, (-1, block_size)).sum(3).square().sum(0)
+            total = squares if total is None else total.add_(squares)
+        assert total is not None
+        parts.append((total / batch).float())
     return torch.cat(parts, 1)
 
 

@@ -229,26 +229,37 @@ def attention_statistics(
     tail = columns * block_size - key_length
     matrix = query.new_empty((query_length, key_length) if score_matrix else (0,), dtype=torch.float32)
     pooled, shift, sums = [], None, torch.zeros(4, dtype=torch.float64, device=query.device)
-    # Whole block rows at a time, so that each is pooled at once.
-    step = max(1, CHUNK_ELEMENTS // (batch * heads * key_length * block_size)) * block_size
+    # Whole block rows at a time, so that each is pooled at once; some samples at a time where a row of all is too much.
+    samples = max(1, min(batch, CHUNK_ELEMENTS // (heads * key_length * block_size)))
+    step = max(1, CHUNK_ELEMENTS // (samples * heads * key_length * block_size)) * block_size
     for start in range(0, query_length, step):
         rows = slice(start, min(start + step, query_length))
-        scores = (query[:, :, rows].to(compute) * scale) @ key
-        if key_padding_mask is not None:
-            scores.masked_fill_(~key_padding_mask[:, None, None, :], -math.inf)
+        future = None
         if is_causal:
             positions = torch.arange(rows.start, rows.stop, device=query.device)
             future = torch.arange(key_length, device=query.device) > positions[:, None]
-            scores.masked_fill_(future, -math.inf)
-        weights = torch.softmax(scores, 3)
-        if key_padding_mask is not None:  # rows without a single key: 0, not 0 / 0
-            last = min(rows.stop, key_length) if is_causal else key_length
-            seen = key_padding_mask[:, :last].cumsum(1) > 0
-            seen = seen[:, [min(i, last - 1) for i in range(rows.start, rows.stop)]] if is_causal else seen[:, -1:]
-            weights.masked_fill_(~seen[:, None, :, None], 0)
-        if query_padding_mask is not None:
-            weights.mul_(query_padding_mask[:, None, rows, None])
-        per_head = weights.mean(0)
+        per_head = None
+        for begin in range(0, batch, samples):
+            group = slice(begin, begin + samples)
+            scores = (query[group, :, rows].to(compute) * scale) @ key[group]
+            padding = None if key_padding_mask is None else key_padding_mask[group]
+            if padding is not None:
+                scores.masked_fill_(~padding[:, None, None, :], -math.inf)
+            if future is not None:
+                scores.masked_fill_(future, -math.inf)
+            weights = torch.softmax(scores, 3)
+            del scores
+            if padding is not None:  # rows without a single key: 0, not 0 / 0
+                last = min(rows.stop, key_length) if is_causal else key_length
+                seen = padding[:, :last].cumsum(1) > 0
+                seen = seen[:, [min(i, last - 1) for i in range(rows.start, rows.stop)]] if is_causal else seen[:, -1:]
+                weights.masked_fill_(~seen[:, None, :, None], 0)
+            if query_padding_mask is not None:
+                weights.mul_(query_padding_mask[group, None, rows, None])
+            of_group = weights.sum(0)
+            per_head = of_group if per_head is None else per_head.add_(of_group)
+        assert per_head is not None
+        per_head /= batch
         mean = per_head.mean(0)
         if score_matrix:
             matrix[rows] = mean

@@ -240,6 +240,33 @@ def test_dropout_draws_what_sdpa_draws(name: str) -> None:
     assert not torch.equal(outputs[0], features(model, batch))  # there is dropout
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+def test_gradient_checkpointing_changes_nothing_and_observes_once(
+    name: str, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    original = ops.attention_statistics
+    monkeypatch.setattr(ops, "attention_statistics", lambda *a, **k: calls.append(1) or original(*a, **k))
+    found = []
+    for checkpointing in (False, True):
+        model = make(name, dropout=0.3).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        states = random_layouts(model) if sparse else prepare(model, block_size=BLOCK)
+        for state in states.values():
+            state.observe_samples = 2
+            state.block_gate = torch.zeros(state.layout_mask.shape, requires_grad=True)
+        torch.manual_seed(5)
+        grads = gradients(model, features(model, batch_of(name, "right")))
+        grads += [state.block_gate.grad for state in states.values() if state.block_gate is not None]  # type: ignore[misc]
+        grads += [state.statistics.pooled for state in states.values() if state.statistics is not None]
+        found.append(grads)
+    assert len(found[0]) == len(found[1])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert len(calls) == (0 if sparse else 2 * 2)
+
+
 def test_from_pretrained_and_set_attn_implementation(tmp_path: Path) -> None:
     make("bert", "sdpa").save_pretrained(tmp_path)
     batch = batch_of("bert", "right")

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from sat import ops
 from sat.layout import BlockLayout
 from sat.models import Encoder, SequenceClassifier
 from sat.models.dropout import Dropout
@@ -159,3 +160,67 @@ def test_layouts_survive_a_checkpoint(tmp_path):
     fresh.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
     tokens = torch.randint(0, 30, (2, 40))
     assert torch.equal(fresh(tokens), model(tokens))
+
+
+def trained(checkpointing: bool, attention: str, observe: bool, compiled: bool) -> dict[str, torch.Tensor]:
+    """Loss, gradients and what was observed, of one step with dropout and padding."""
+    torch.manual_seed(0)
+    options = {**SMALL, "dropout": 0.2, "activation_checkpointing": checkpointing}
+    model = SequenceClassifier(30, 40, 4, **options, attention=attention if attention != "sparse" else "adaptive")
+    attentions = [layer.attention for layer in model.encoder.layers]
+    for each in attentions:
+        if attention == "sparse":
+            each.set_layout(BlockLayout(torch.eye(3, dtype=torch.bool), 16))
+        if observe:
+            each.observe_samples, each.block_gate = 2, torch.zeros(2, 3, 3, requires_grad=True)
+    tokens, mask = torch.randint(0, 30, (3, 40)), torch.arange(40) < torch.tensor([[40], [13], [20]])
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    torch.manual_seed(1)
+    loss = run(tokens, mask).square().sum()
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()} | {"loss": loss.detach()}
+    for index, each in enumerate(attentions if observe else []):
+        found[f"sensitivity {index}"] = each.block_gate.grad
+        if attention != "sparse":
+            found |= {f"{name} {index}": value for name, value in each.statistics._asdict().items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("attention", "observe", "compiled"),
+    [
+        ("adaptive", False, False),
+        ("adaptive", True, False),
+        ("adaptive", True, True),
+        ("sparse", False, False),
+        ("sparse", True, False),
+        ("sparse", True, True),
+        ("longformer", False, False),
+        ("lsg", False, False),
+    ],
+)
+def test_activation_checkpointing_changes_nothing_bit_for_bit(attention, observe, compiled, monkeypatch):
+    calls = []
+    original = ops.attention_statistics
+    if not compiled:
+        monkeypatch.setattr(ops, "attention_statistics", lambda *a, **k: calls.append(1) or original(*a, **k))
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        without = trained(False, attention, observe, compiled)
+        observed = len(calls)
+        found = trained(True, attention, observe, compiled)
+    assert found.keys() == without.keys()
+    for name, value in without.items():
+        assert torch.equal(found[name], value), name
+    assert observed == (2 if attention == "adaptive" and observe and not compiled else 0)
+    assert len(calls) == 2 * observed  # not once more in the backward pass
+
+
+def test_activation_checkpointing_holds_the_inputs_of_layers_only():
+    held = {}
+    for checkpointing in (False, True):
+        options = {**SMALL, "num_layers": 8, "activation_checkpointing": checkpointing}
+        model, sizes = SequenceClassifier(30, 40, 4, **options), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            model(torch.randint(0, 30, (2, 40)))
+        held[checkpointing] = sum(sizes)
+    assert held[True] < held[False] / 4
