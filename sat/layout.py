@@ -6,11 +6,14 @@ No attention and no learning here; every other room agrees on this one value.
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,25 +24,29 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 FORMAT = "sat.BlockLayout"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class BlockLayout:
     """The kept blocks of an attention matrix, per head or shared by all heads.
 
-    The boolean mask is the layout; the compressed indices are derived from it on first use, in the names of
-    PyTorch's BSR and BSC tensors. Treat a layout as a value: do not write into its mask.
+    On the CPU a layout holds the compressed indices of its kept blocks, in the names of PyTorch's BSR and BSC tensors,
+    and makes the boolean mask anew whenever it is asked for: it takes memory by the blocks that it keeps. On another
+    device, inside ``torch.compile`` and with ``keep_mask`` it holds the mask, and the indices are derived on first use.
+    Treat a layout as a value: do not write into its mask.
 
     Args:
-        mask: ``[H, M, N]`` or ``[M, N]``, bool, True = the block is kept. ``H`` may be 1: shared by all heads.
+        mask: ``[H, M, N]`` or ``[M, N]``, bool, True = the block is kept. ``H`` may be 1: shared by all heads. One that
+            was expanded to its heads is read once.
         block_size: edge of a block in tokens. The last block row and column may be partial.
+        keep_mask: hold on to this very mask, a module's buffer that is there in any case.
 
     Raises:
         TypeError: the mask is no bool tensor, or the block size no integer.
         ValueError: the mask has another number of dimensions or a dimension of 0, or the block size is below 1.
     """
 
-    def __init__(self, mask: Tensor, block_size: int) -> None:
+    def __init__(self, mask: Tensor, block_size: int, *, keep_mask: bool = False) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"a BlockLayout is made from a torch.bool tensor, got {found}; convert it with mask.bool()")
@@ -52,28 +59,44 @@ class BlockLayout:
                 f"a BlockLayout mask is [heads, rows, columns] or [rows, columns] in blocks, none of them 0; "
                 f"got the shape {list(mask.shape)}"
             )
-        self.mask = mask.detach().reshape(-1, *mask.shape[-2:])
+        mask = mask.detach() if mask.dim() == 3 else mask.detach()[None]
+        heads, rows, columns = mask.shape
+        self._sizes = (heads, rows, columns)
         self.block_size = block_size
         # What operators have derived from the mask, kept for their next call.
         self.derived: dict[object, Any] = {}
+        self._mask: Tensor | None = mask
+        self._compressed: tuple[Tensor, Tensor] | None = None  # crow_indices and col_indices
         # Counted at once where no device has to be waited for: compiled functions then find a number, not a tensor.
         at_once = type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        self._nnz = int(mask.count_nonzero()) if at_once else None
+        self._nnz = int(mask.count_nonzero()) if at_once and keep_mask else None
+        if at_once and not keep_mask:
+            alike = heads if mask.stride(0) == 0 else 1
+            crow, col = _repeated(*_compress(mask[: heads // alike]), alike)
+            self._mask, self._compressed, self._nnz = None, (crow, col), len(col)
+
+    @property
+    def mask(self) -> Tensor:
+        """``[H, M, N]``, bool, True = the block is kept; on the CPU a new tensor each time, see the class."""
+        if self._mask is not None:
+            return self._mask
+        mask = torch.zeros(math.prod(self._sizes), dtype=torch.bool, device="cpu")
+        return mask.index_fill_(0, self._rows * self.shape[1] + self.col_indices, True).view(self._sizes)
 
     @property
     def num_heads(self) -> int:
         """Number of layouts: the number of heads, or 1 when all heads share one."""
-        return self.mask.shape[0]
+        return self._sizes[0]
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(M, N)``: block rows and block columns."""
-        return self.mask.shape[1], self.mask.shape[2]
+        return self._sizes[1:]
 
     @property
     def device(self) -> torch.device:
-        """Where the mask lies."""
-        return self.mask.device
+        """Where the layout lies."""
+        return torch.device("cpu") if self._mask is None else self._mask.device
 
     @property
     def nnz(self) -> int:
@@ -89,44 +112,66 @@ class BlockLayout:
     @property
     def density(self) -> float:
         """Kept blocks over all blocks, 0 to 1."""
-        return self.nnz / self.mask.numel()
+        return self.nnz / math.prod(self._sizes)
 
-    @cached_property
-    def _coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Head, row and column of each kept block, int64 ``[nnz]``, in (head, row, column) order."""
-        head, row, column = self.mask.nonzero(as_tuple=True)
-        return head, row, column
-
-    @cached_property
+    @property
     def crow_indices(self) -> Tensor:
         """``[H, M+1]``, int32: where each block row's entries begin and end; offsets run through the heads."""
-        return _offsets(self.mask.sum(2))
+        return self._indices()[0]
 
-    @cached_property
+    @property
     def col_indices(self) -> Tensor:
         """``[nnz]``, int32: the column of each kept block, in (head, row, column) order."""
-        return self._coordinates[2].int()
+        return self._indices()[1]
+
+    def _indices(self) -> tuple[Tensor, Tensor]:
+        if self._compressed is None:
+            self._compressed = _compress(self.mask)
+        return self._compressed
+
+    @property
+    def _rows(self) -> Tensor:
+        """The row of each kept block, counted through the heads: int64 ``[nnz]``."""
+        rows = torch.arange(self.num_heads * self.shape[0], device=self.device)
+        return rows.repeat_interleave(self.crow_indices.diff(dim=1).flatten(), output_size=self.nnz)
 
     @cached_property
+    def _transposed(self) -> tuple[Tensor, Tensor]:
+        """Offsets and rows of the kept blocks in (head, column, row) order."""
+        heads, rows, columns = self._sizes
+        if (one := self.shared()) is not self:
+            return _repeated(*one._transposed, heads)
+        row = self._rows.int()
+        order = (row // rows * columns + self.col_indices).sort(stable=True)
+        return _offsets(order.values, heads, columns), (row % rows)[order.indices]
+
+    @property
     def ccol_indices(self) -> Tensor:
         """``[H, N+1]``, int32: where each block column's entries begin and end; offsets run through the heads."""
-        return _offsets(self.mask.sum(1))
+        return self._transposed[0]
 
-    @cached_property
+    @property
     def row_indices(self) -> Tensor:
         """``[nnz]``, int32: the row of each kept block, in (head, column, row) order."""
-        return self.mask.transpose(1, 2).nonzero(as_tuple=True)[2].int()
+        return self._transposed[1]
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
+        if self._mask is None and torch.device(device).type == "cpu":
+            return self
         moved = BlockLayout(self.mask.to(device), self.block_size)
         moved._nnz = self._nnz
         return moved
 
     def shared(self) -> BlockLayout:
         """The same layout with a single head if all of its heads are equal, which costs less to walk."""
-        same = bool((self.mask == self.mask[:1]).all())
-        return BlockLayout(self.mask[:1], self.block_size) if same and self.num_heads > 1 else self
+        if self.num_heads == 1:
+            return self
+        counts = self.crow_indices.diff(dim=1)
+        if not bool((counts == counts[:1]).all()):
+            return self
+        columns = self.col_indices.view(self.num_heads, -1)
+        return BlockLayout(self.mask[:1], self.block_size) if bool((columns == columns[:1]).all()) else self
 
     def fits(self, query_length: int, key_length: int) -> bool:
         """Whether this layout covers an attention matrix of ``query_length`` x ``key_length`` tokens exactly."""
@@ -165,18 +210,15 @@ class BlockLayout:
         Raises:
             IndexError: there is no such head in the layout.
         """
-        import numpy as np
         import scipy.sparse
 
         if not 0 <= head < self.num_heads:
             raise IndexError(f"head {head} asked for, but the layout has the heads 0 to {self.num_heads - 1}")
-        mask = self.mask[head].cpu().numpy()
-        indptr = np.concatenate([[0], mask.sum(1).cumsum()])
-        size = self.block_size
-        data = np.ones((int(indptr[-1]), size, size), dtype=bool)
-        return scipy.sparse.bsr_array(
-            (data, mask.nonzero()[1], indptr), shape=(mask.shape[0] * size, mask.shape[1] * size)
-        )
+        offsets = self.crow_indices[head].cpu().numpy()
+        columns = self.col_indices[offsets[0] : offsets[-1]].cpu().numpy()
+        data = np.ones((len(columns), self.block_size, self.block_size), dtype=bool)
+        shape = (self.shape[0] * self.block_size, self.shape[1] * self.block_size)
+        return scipy.sparse.bsr_array((data, columns, offsets - offsets[0]), shape=shape)
 
     def to_block_mask(self, query_length: int, key_length: int) -> BlockMask:
         """The same layout for PyTorch's FlexAttention, batch 1 (it broadcasts), one entry a head.
@@ -191,9 +233,9 @@ class BlockLayout:
         from torch.nn.attention.flex_attention import BlockMask
 
         self._check_fits(query_length, key_length)
-        counts = self.mask.sum(2, dtype=torch.int32)[None]
-        # Kept columns first, in ascending order: a stable sort of "not kept".
-        indices = torch.argsort((~self.mask).int(), dim=2, stable=True).int()[None]
+        rows, columns = self.shape
+        counts, indices = _listed(self.crow_indices, self.col_indices, columns)
+        q_counts, q_indices = _listed(self.ccol_indices, self.row_indices, rows)
         mask, size, shared = self.mask, self.block_size, self.num_heads == 1
 
         def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -201,20 +243,30 @@ class BlockLayout:
 
         # All blocks are declared full: compiled, FlexAttention never evaluates the mask function, which is for its
         # uncompiled path.
-        return BlockMask.from_kv_blocks(
-            torch.zeros_like(counts),
-            torch.zeros_like(indices),
+        return BlockMask(
+            seq_lengths=(query_length, key_length),
+            kv_num_blocks=torch.zeros_like(counts),
+            kv_indices=indices,
             full_kv_num_blocks=counts,
             full_kv_indices=indices,
-            BLOCK_SIZE=size,
+            q_num_blocks=torch.zeros_like(q_counts),
+            q_indices=q_indices,
+            full_q_num_blocks=q_counts,
+            full_q_indices=q_indices,
+            BLOCK_SIZE=(size, size),
             mask_mod=kept,
-            seq_lengths=(query_length, key_length),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layout as a safetensors file; an existing file is replaced whole or not at all."""
-        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "block_size": json.dumps(self.block_size)}
-        save_tensors({"mask": self.mask.cpu().contiguous()}, path, metadata)
+        """Write the layout as a safetensors file, a bit a block; an existing file is replaced whole or not at all."""
+        metadata = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "block_size": json.dumps(self.block_size),
+            "columns": json.dumps(self.shape[1]),
+        }
+        bits = torch.from_numpy(np.packbits(self.mask.cpu().numpy(), axis=2))
+        save_tensors({"bits": bits}, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockLayout:
@@ -237,10 +289,10 @@ class BlockLayout:
                     f"{path} has layout format {version}, this version of SAT reads up to {FORMAT_VERSION}; "
                     f"upgrade SAT to read it"
                 )
-            block_size, mask = whole_number(metadata, "block_size"), tensors.get("mask")
+            mask = tensors.get("mask") if version == 1 else _unpacked(tensors.get("bits"), metadata)
             if mask is None or mask.dtype != torch.bool or mask.dim() != 3 or 0 in mask.shape:
                 raise DamagedFile("it holds no mask of bools, [heads, rows, columns]")
-            return cls(mask, block_size)
+            return cls(mask, whole_number(metadata, "block_size"))
         except DamagedFile as error:
             raise ValueError(
                 f"{path} is not a whole layout file ({error}); write it again with BlockLayout.save"
@@ -249,7 +301,9 @@ class BlockLayout:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):
             return NotImplemented
-        return self.block_size == other.block_size and torch.equal(self.mask.cpu(), other.mask.cpu())
+        if (self.block_size, self._sizes) != (other.block_size, other._sizes):
+            return False
+        return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(self._indices(), other._indices(), strict=True))
 
     __hash__ = None  # type: ignore[assignment]  # holds a tensor: compared by content, so not hashable
 
@@ -306,7 +360,39 @@ class LayoutsByLength:
         return self.__dict__ | {"_kept": {}}  # a copy makes its own
 
 
-def _offsets(counts: Tensor) -> Tensor:
-    """Running offsets ``[H, R+1]`` of the counts ``[H, R]``, through all heads."""
-    ends = counts.flatten().cumsum(0).view_as(counts)
-    return torch.cat([ends[:, :1] - counts[:, :1], ends], dim=1).int()
+def _compress(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``crow_indices`` and ``col_indices`` of a mask ``[H, M, N]``."""
+    heads, rows, columns = mask.shape
+    if type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = torch.from_numpy(np.flatnonzero(mask.numpy()))  # four times as fast
+    else:
+        kept = mask.flatten().nonzero()[:, 0]
+    return _offsets(kept // columns, heads, rows), (kept % columns).int()
+
+
+def _repeated(offsets: Tensor, entries: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Offsets ``[1, R+1]`` and entries of one head for so many heads; those of more, for 1, as they are."""
+    before = torch.arange(heads, dtype=torch.int32, device=offsets.device)[:, None] * len(entries)
+    return offsets + before, entries.repeat(heads)
+
+
+def _offsets(entries: Tensor, heads: int, rows: int) -> Tensor:
+    """Where the rows ``[nnz]``, ascending and counted through the heads, begin and end: int32 ``[H, M+1]``."""
+    every = torch.arange(heads * rows + 1, dtype=entries.dtype, device=entries.device)
+    return torch.searchsorted(entries, every, out_int32=True).unfold(0, rows + 1, rows).contiguous()
+
+
+def _listed(offsets: Tensor, entries: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """FlexAttention's form: how many entries each row has ``[1, H, R]``, and these, ``[1, H, R, width]``, then 0."""
+    counts = offsets.diff(dim=1)
+    lists = torch.zeros(*counts.shape, width, dtype=torch.int32, device=entries.device)
+    lists[torch.arange(width, device=entries.device) < counts[..., None]] = entries
+    return counts[None], lists[None]
+
+
+def _unpacked(bits: Tensor | None, metadata: Mapping[str, str]) -> Tensor | None:
+    """The mask whose bits a file holds, in bytes of eight columns; None where it holds none."""
+    columns = whole_number(metadata, "columns")
+    if bits is None or bits.dtype != torch.uint8 or bits.dim() != 3 or bits.shape[2] != -(-columns // 8):
+        return None
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=2, count=columns).view(bool))
