@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from sat.ops import block_sparse_attention
 PARTS = ("attention", "layouts", "training")
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 FROM = 4096  # where the second fit begins
+LINEAR = 1.1  # the largest exponent that still passes for linear growth
 OURS, DENSE = "sat", "fused dense"
 PER_ROW = 8
 SHAPE = Shape(0, head_dim=32, block_size=64, dtype=torch.float32, heads=2, tokens=1)
@@ -112,7 +113,7 @@ def attention(length: int, rounds: int, threads: int) -> dict[str, Any]:
     return case
 
 
-def exponent(cases: Sequence[dict[str, Any]], way: str, name: str, least: int = 0) -> float | None:
+def exponent(cases: Sequence[Mapping[str, Any]], way: str, name: str, least: int = 0) -> float | None:
     """The exponent of the length with which a figure grows, by least squares of logarithms; None of fewer than 2."""
     pairs = [(case["length"], case[way].get(name)) for case in cases if case["length"] >= least]
     known = [(length, value) for length, value in pairs if value]
