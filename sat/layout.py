@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
 
 FORMAT = "sat.BlockLayout"
 FORMAT_VERSION = 2
+# Blocks that a file may say there are, kept or not: 8 heads of a million tokens in blocks of 64.
+LARGEST = 2**31
+# Blocks of a mask whose kept ones are looked for at a time.
+CHUNK = 2**20
 
 
 class BlockLayout:
@@ -74,6 +77,14 @@ class BlockLayout:
             alike = heads if mask.stride(0) == 0 else 1
             crow, col = _repeated(*_compress(mask[: heads // alike]), alike)
             self._mask, self._compressed, self._nnz = None, (crow, col), len(col)
+
+    @classmethod
+    def _of_indices(cls, crow: Tensor, col: Tensor, columns: int, block_size: int) -> BlockLayout:
+        """A layout on the CPU from its ``crow_indices``, its ``col_indices`` and its number of block columns."""
+        made = cls.__new__(cls)
+        made._sizes, made.block_size = (crow.shape[0], crow.shape[1] - 1, columns), block_size
+        made._mask, made._compressed, made._nnz, made.derived = None, (crow, col), len(col), {}
+        return made
 
     @property
     def mask(self) -> Tensor:
@@ -171,7 +182,11 @@ class BlockLayout:
         if not bool((counts == counts[:1]).all()):
             return self
         columns = self.col_indices.view(self.num_heads, -1)
-        return BlockLayout(self.mask[:1], self.block_size) if bool((columns == columns[:1]).all()) else self
+        if not bool((columns == columns[:1]).all()):
+            return self
+        if self._mask is not None:
+            return BlockLayout(self._mask[:1], self.block_size)
+        return BlockLayout._of_indices(self.crow_indices[:1], columns[0].clone(), self.shape[1], self.block_size)
 
     def fits(self, query_length: int, key_length: int) -> bool:
         """Whether this layout covers an attention matrix of ``query_length`` x ``key_length`` tokens exactly."""
@@ -258,15 +273,15 @@ class BlockLayout:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layout as a safetensors file, a bit a block; an existing file is replaced whole or not at all."""
+        """Write the layout as a safetensors file of its indices; an existing file is replaced whole or not at all."""
         metadata = {
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
             "block_size": json.dumps(self.block_size),
             "columns": json.dumps(self.shape[1]),
         }
-        bits = torch.from_numpy(np.packbits(self.mask.cpu().numpy(), axis=2))
-        save_tensors({"bits": bits}, path, metadata)
+        indices = {"crow_indices": self.crow_indices.cpu(), "col_indices": self.col_indices.cpu()}
+        save_tensors(indices, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockLayout:
@@ -289,10 +304,14 @@ class BlockLayout:
                     f"{path} has layout format {version}, this version of SAT reads up to {FORMAT_VERSION}; "
                     f"upgrade SAT to read it"
                 )
-            mask = tensors.get("mask") if version == 1 else _unpacked(tensors.get("bits"), metadata)
+            block_size, mask = whole_number(metadata, "block_size"), tensors.get("mask")
+            if version > 1:
+                columns = whole_number(metadata, "columns")
+                indices = _check_indices(tensors.get("crow_indices"), tensors.get("col_indices"), columns)
+                return cls._of_indices(*indices, columns, block_size)
             if mask is None or mask.dtype != torch.bool or mask.dim() != 3 or 0 in mask.shape:
                 raise DamagedFile("it holds no mask of bools, [heads, rows, columns]")
-            return cls(mask, whole_number(metadata, "block_size"))
+            return cls(mask, block_size)
         except DamagedFile as error:
             raise ValueError(
                 f"{path} is not a whole layout file ({error}); write it again with BlockLayout.save"
@@ -363,11 +382,20 @@ class LayoutsByLength:
 def _compress(mask: Tensor) -> tuple[Tensor, Tensor]:
     """``crow_indices`` and ``col_indices`` of a mask ``[H, M, N]``."""
     heads, rows, columns = mask.shape
-    if type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        kept = torch.from_numpy(np.flatnonzero(mask.numpy()))  # four times as fast
-    else:
+    if type(mask) is not Tensor or mask.device.type != "cpu" or torch.compiler.is_compiling():
         kept = mask.flatten().nonzero()[:, 0]
-    return _offsets(kept // columns, heads, rows), (kept % columns).int()
+        return _offsets(kept // columns, heads, rows), (kept % columns).int()
+    # NumPy finds bools four times as fast; some rows at a time, since places take eight bytes each.
+    found, ends = [], [np.zeros(1, np.int64)]
+    every = mask.reshape(-1, columns).numpy()
+    step = max(1, CHUNK // columns)
+    for start in range(0, len(every), step):
+        part = every[start : start + step]
+        places = np.flatnonzero(part)
+        found.append((places % columns).astype(np.int32))
+        ends.append(ends[-1][-1] + np.searchsorted(places, np.arange(1, len(part) + 1) * columns))
+    offsets = torch.from_numpy(np.concatenate(ends)).int().unfold(0, rows + 1, rows).contiguous()
+    return offsets, torch.from_numpy(np.concatenate(found))
 
 
 def _repeated(offsets: Tensor, entries: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -390,9 +418,23 @@ def _listed(offsets: Tensor, entries: Tensor, width: int) -> tuple[Tensor, Tenso
     return counts[None], lists[None]
 
 
-def _unpacked(bits: Tensor | None, metadata: Mapping[str, str]) -> Tensor | None:
-    """The mask whose bits a file holds, in bytes of eight columns; None where it holds none."""
-    columns = whole_number(metadata, "columns")
-    if bits is None or bits.dtype != torch.uint8 or bits.dim() != 3 or bits.shape[2] != -(-columns // 8):
-        return None
-    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=2, count=columns).view(bool))
+def _check_indices(crow: Tensor | None, col: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
+    """The indices of a file, which anyone may have written.
+
+    Raises:
+        DamagedFile: they are not those of a mask.
+    """
+    if crow is None or col is None or {crow.dtype, col.dtype} != {torch.int32} or (crow.dim(), col.dim()) != (2, 1):
+        raise DamagedFile("it holds no indices of blocks, crow_indices [heads, rows + 1] and col_indices, of 32 bits")
+    heads, rows = crow.shape[0], crow.shape[1] - 1
+    if heads < 1 or rows < 1 or heads * rows * columns > LARGEST:
+        raise DamagedFile(f"it says that it has {heads} x {rows} x {columns} blocks, expected 1 to {LARGEST}")
+    whole = crow[0, 0] == 0 and crow[-1, -1] == len(col) and (crow[1:, 0] == crow[:-1, -1]).all()
+    if not whole or not (crow[:, 1:] >= crow[:, :-1]).all():
+        raise DamagedFile("its crow_indices do not rise from 0 to the number of its blocks")
+    rises = col[1:] > col[:-1]
+    begins = crow[:, :-1].flatten()
+    rises[begins[(begins > 0) & (begins < len(col))].long() - 1] = True  # from one row to the next it may fall
+    if not rises.all() or not ((col >= 0) & (col < columns)).all():
+        raise DamagedFile(f"its col_indices do not rise from 0 to {columns - 1} at most in each row")
+    return crow, col

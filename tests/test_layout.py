@@ -64,7 +64,7 @@ def test_a_layout_of_256k_tokens_takes_memory_by_its_kept_blocks(heads, tmp_path
     assert made.shared().nnz == made.nnz // heads
     if heads == 1:
         made.save(tmp_path / "layout.safetensors")
-        assert (tmp_path / "layout.safetensors").stat().st_size < 4096**2 / 8 + 1000
+        assert (tmp_path / "layout.safetensors").stat().st_size < needed / 2 + 1000
         loaded = BlockLayout.load(tmp_path / "layout.safetensors")
         assert loaded == made
         assert held(loaded) < needed
@@ -172,6 +172,46 @@ class TestFiles:
         save_file({"mask": mask}, tmp_path / "old.safetensors", metadata=metadata)
         assert BlockLayout.load(tmp_path / "old.safetensors") == BlockLayout(mask, 8)
 
+    @pytest.mark.parametrize(
+        ("crow", "col", "columns", "said"),
+        [
+            ([[0, 1, 2]], None, "3", "it holds no indices of blocks"),
+            ([0, 1, 2], [0, 1], "3", "it holds no indices of blocks"),
+            ([[0, 1, 2]], [0.0, 1.0], "3", "it holds no indices of blocks"),
+            ([[0, 1, 2]], [0, 1], "0", "its columns is 0, expected a whole number"),
+            ([[0, 1, 2]], [0, 1], "999999999999", "its columns is 999999999999, expected a whole number"),
+            ([[0] * 10], [], "300000000", "it says that it has 1 x 9 x 300000000 blocks, expected 1 to 2147483648"),
+            ([[0]], [], "3", "it says that it has 1 x 0 x 3 blocks"),
+            ([[0, 2, 1]], [0], "3", "its crow_indices do not rise"),
+            ([[1, 1, 2]], [0, 1], "3", "its crow_indices do not rise"),
+            ([[0, 1, 3]], [0, 1], "3", "its crow_indices do not rise"),
+            ([[0, 1, 1], [2, 2, 2]], [0, 1], "3", "its crow_indices do not rise"),
+            ([[0, 1, 2]], [0, 3], "3", "its col_indices do not rise from 0 to 2"),
+            ([[0, 1, 2]], [-1, 0], "3", "its col_indices do not rise from 0 to 2"),
+            ([[0, 2, 2]], [1, 1], "3", "its col_indices do not rise from 0 to 2"),
+            ([[0, 0, 2]], [1, 0], "3", "its col_indices do not rise from 0 to 2"),
+        ],
+    )
+    def test_indices_that_no_mask_has_are_refused(self, tmp_path, crow, col, columns, said):
+        path = tmp_path / "a.safetensors"
+        tensors = {"crow_indices": torch.tensor(crow, dtype=torch.int32)}
+        if col is not None:
+            floats = any(isinstance(value, float) for value in col)
+            tensors["col_indices"] = torch.tensor(col, dtype=torch.float32 if floats else torch.int32)
+        metadata = {"format": "sat.BlockLayout", "version": "2", "block_size": "4", "columns": columns}
+        save_file(tensors, path, metadata=metadata)
+        with pytest.raises(ValueError, match=f"is not a whole layout file .{said}"):
+            BlockLayout.load(path)
+
+    def test_rows_may_be_empty_and_begin_anywhere(self, tmp_path):
+        made = BlockLayout(
+            torch.tensor([[[0, 0, 1], [1, 0, 0], [0, 0, 0]], [[0, 0, 0], [1, 1, 1], [0, 0, 0]]]).bool(), 4
+        )
+        empty = BlockLayout(torch.zeros(2, 3, 4, dtype=torch.bool), 4)
+        for layout in (made, empty):
+            layout.save(tmp_path / "a.safetensors")
+            assert BlockLayout.load(tmp_path / "a.safetensors") == layout
+
     def test_failed_save_keeps_the_old_file(self, tmp_path, monkeypatch):
         path = tmp_path / "a.safetensors"
         old = layout("#.", ".#")
@@ -199,14 +239,6 @@ class TestFiles:
             BlockLayout.load(path)
         save_file({"mask": torch.ones(2, 2)}, path)
         with pytest.raises(ValueError, match=r"not a layout written by BlockLayout\.save"):
-            BlockLayout.load(path)
-        for columns, bits in (("9", torch.zeros(1, 2, 1)), ("9", torch.zeros(2, 1)), ("17", torch.zeros(1, 2, 2))):
-            metadata = {"format": "sat.BlockLayout", "version": "2", "block_size": "4", "columns": columns}
-            save_file({"bits": bits.to(torch.uint8)}, path, metadata=metadata)
-            with pytest.raises(ValueError, match="it holds no mask of bools"):
-                BlockLayout.load(path)
-        save_file({"bits": torch.zeros(1, 2, 1, dtype=torch.uint8)}, path, metadata=metadata | {"columns": "0"})
-        with pytest.raises(ValueError, match="its columns is 0, expected a whole number of at least 1"):
             BlockLayout.load(path)
         newer = {"format": "sat.BlockLayout", "version": str(FORMAT_VERSION + 1), "block_size": "4"}
         save_file({"mask": torch.ones(2, 2, dtype=torch.bool)}, path, metadata=newer)

@@ -210,7 +210,7 @@ def test_a_checkpoint_that_unpacks_to_a_thousandfold_is_refused(tmp_path: Path) 
 def test_bools_that_are_neither_are_refused(tmp_path: Path, value: int) -> None:
     """PyTorch counts such a byte as itself in a sum and as one elsewhere: offsets would lead out of memory."""
     path = tmp_path / "layout.safetensors"
-    metadata = {"format": "sat.BlockLayout", "version": "1", "block_size": "16"}  # from the second on, bits
+    metadata = {"format": "sat.BlockLayout", "version": "1", "block_size": "16"}  # later ones hold no bools
     save_file({"mask": torch.ones(1, 3, 3, dtype=torch.bool)}, path, metadata=metadata)
     data = bytearray(path.read_bytes())
     data[-1] = value
