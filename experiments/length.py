@@ -62,10 +62,10 @@ STRUCTURES: dict[str, Callable[[int, int], patterns.Structure]] = {
 
 STEPS = 6
 TRAINING = {
-    "dense, then SAT": "--model.attention adaptive --sparsity.interval 1 --sparsity.samples 1 "
-    "--sparsity.min_dense_steps 0 --sparsity.max_dense_steps 2",
-    "window": "--model.attention structure --model.attention_options.mode local --model.attention_options.block 64 "
-    "--model.attention_options.num_sliding_window_blocks 13 --model.attention_options.attention bidirectional",
+    "dense, then SAT": "--sparsity.interval 1 --sparsity.samples 1 --sparsity.min_dense_steps 0 "
+    "--sparsity.max_dense_steps 2",
+    "SAT from the first step": "--sparsity.start window --sparsity.mask fisher --sparsity.revise_interval 500 "
+    "--sparsity.interval 50 --sparsity.samples 2",
 }
 
 
