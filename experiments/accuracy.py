@@ -28,6 +28,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +40,8 @@ from experiments import accuracy_show, record
 from experiments.accuracy_settings import (
     DEFAULT_METHODS,
     DEFAULT_TASKS,
+    EVERY_TASK,
     METHODS,
-    SMALL_STEPS,
     TASKS,
     Settings,
     density,
@@ -64,7 +66,7 @@ def prepare(task: str, options: Settings, folder: Path | None) -> Data:
     Raises:
         ValueError, OSError: there are no such data; a sentence.
     """
-    own = TASKS[task].folder
+    own = EVERY_TASK[task].folder
     path = folder / own if folder is not None and own is not None else None
     if path is not None and not path.is_dir():
         raise FileNotFoundError(f"no data for the task {task}: there is no folder {path}; correct --data or --tasks")
@@ -97,7 +99,7 @@ class Run(NamedTuple):
 
     def command(self, folder: Path) -> list[str]:
         """Of the training, which goes on where it was cut off before."""
-        arguments = ["--config", TASKS[self.task].config, "--output_dir", str(folder), "--name", "run"]
+        arguments = ["--config", EVERY_TASK[self.task].config, "--output_dir", str(folder), "--name", "run"]
         arguments += ["--seed", str(self.seed), *([] if self.path is None else ["--data.path", str(self.path)])]
         for name, value in self.own.items():
             arguments += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
@@ -168,8 +170,9 @@ def plan(args: argparse.Namespace) -> list[Run]:
     methods = [*args.methods, *structures]
     runs = []
     for task in args.tasks:
-        steps = args.steps or (SMALL_STEPS if args.scale == "small" else TASKS[task].steps)
-        if steps is None:
+        known = EVERY_TASK[task]
+        steps = args.steps or (known.small_steps if args.scale == "small" else known.steps)
+        if steps is None and task in TASKS:
             raise ValueError(f"the task {task} is there for --scale small only; choose others with --tasks")
         own = {method: overrides(args.scale, task, method, steps, structures) for method in methods}
         data = prepare(task, settings(task, own[methods[0]], {}), args.data)
@@ -181,6 +184,46 @@ def plan(args: argparse.Namespace) -> list[Run]:
     return sorted(runs, key=lambda run: args.seeds.index(run.seed))
 
 
+def finished(
+    runs: list[Run], work: Callable[[Run], dict[str, Any]], jobs: int, may_begin: Callable[[int], bool]
+) -> Iterator[tuple[Run, dict[str, Any] | RuntimeError, float]]:
+    """Each run as it ends, with its summary or what it failed with, and the seconds it took.
+
+    Args:
+        runs: in the order in which they begin.
+        work: trains one.
+        jobs: so many at a time.
+        may_begin: asked before each, with the number of those that have not begun yet; after a no, none begins.
+    """
+
+    def timed(run: Run) -> tuple[Run, dict[str, Any] | RuntimeError, float]:
+        start = time.monotonic()
+        try:
+            result: dict[str, Any] | RuntimeError = work(run)
+        except RuntimeError as error:
+            result = error
+        return run, result, time.monotonic() - start
+
+    waiting = list(runs)
+    if jobs == 1:  # in this thread, which Ctrl-C reaches
+        while waiting and may_begin(len(waiting)):
+            yield timed(waiting.pop(0))
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        going: set[Future[Any]] = set()
+        while True:
+            while waiting and len(going) < jobs:
+                if may_begin(len(waiting)):
+                    going.add(pool.submit(timed, waiting.pop(0)))
+                else:
+                    waiting = []
+            if not going:
+                return
+            done, going = wait(going, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+
+
 def measure(
     wanted: list[Run], runs: list[dict[str, Any]], args: argparse.Namespace, begun: float, console: Console
 ) -> list[str]:
@@ -190,21 +233,23 @@ def measure(
     environment = {"OMP_NUM_THREADS": "1"} if args.scale == "small" else {}
     failures: list[str] = []
     took: list[float] = []
-    for index, run in enumerate(missing, 1):
-        minutes = (time.monotonic() - begun) / 60
-        if args.minutes is not None and minutes >= args.minutes:
-            rest = len(missing) - index + 1
-            console.print(f"{args.minutes:g} minutes are over; the same command trains the {rest} that are left")
-            break
+
+    def may_begin(rest: int) -> bool:
+        if args.minutes is None or (time.monotonic() - begun) / 60 < args.minutes:
+            return True
+        console.print(f"{args.minutes:g} minutes are over; the same command trains the {rest} that are left")
+        return False
+
+    def work(run: Run) -> dict[str, Any]:
+        return train(run, args.out / "runs" / f"{args.experiment}_{args.scale}", environment)
+
+    for index, (run, summary, seconds) in enumerate(finished(missing, work, args.jobs, may_begin), 1):
         name = f"{index}/{len(missing)}: {run.task}, {run.method}, seed {run.seed}"
-        start = time.monotonic()
-        try:
-            summary = train(run, args.out / "runs" / f"accuracy_{args.scale}", environment)
-        except RuntimeError as error:
-            failures.append(str(error))
-            console.print(str(error), highlight=False, soft_wrap=True)
+        if isinstance(summary, RuntimeError):
+            failures.append(str(summary))
+            console.print(str(summary), highlight=False, soft_wrap=True)
             continue
-        took.append(time.monotonic() - start)
+        took.append(seconds)
         runs.append(
             {
                 "task": run.task,
@@ -217,11 +262,12 @@ def measure(
                 "summary": summary,
             }
         )
-        command = f"python -m experiments.accuracy --scale {args.scale} --data FOLDER"
+        command = f"python -m experiments.{args.experiment} --scale {args.scale} --data FOLDER"
+        command += f" --jobs {args.jobs}" if args.jobs > 1 else ""
         device = "cpu" if args.scale == "small" else None
-        record.save(f"accuracy_{args.scale}", command, {"runs": runs}, args.out, device=device)
-        left = statistics.mean(took) * (len(missing) - index) / 60
-        found = f"accuracy {summary['test_accuracy']['final']:.3f}, {took[-1]:.0f} s"
+        record.save(f"{args.experiment}_{args.scale}", command, {"runs": runs}, args.out, device=device)
+        left = statistics.mean(took) * (len(missing) - index) / args.jobs / 60
+        found = f"accuracy {summary['test_accuracy']['final']:.3f}, {seconds:.0f} s"
         console.print(f"{name}: {found}; about {left:.0f} min left", highlight=False)
     return failures
 
@@ -236,25 +282,33 @@ def main(argv: list[str] | None = None) -> None:
         "--structure", type=Path, nargs="+", default=[], metavar="FILE.json", help="more methods, in DeepSpeed's words"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="0 1 2 when small, 0 at the paper's scale")
-    parser.add_argument("--steps", type=int, help=f"of each run; {SMALL_STEPS} when small, else by task")
+    parser.add_argument("--steps", type=int, help="of each run; 1,000 when small, else by task")
     parser.add_argument("--minutes", type=float, help="begin no run when so many are over")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder for results and figures")
     parser.add_argument("--prepare", action="store_true", help="only read the data and fill the cache")
     parser.add_argument("--table", action="store_true", help="only show what has been measured")
     args = parser.parse_args(argv)
+    args.tasks = args.tasks or DEFAULT_TASKS[args.scale]
+    args.seeds = args.seeds or ([0, 1, 2] if args.scale == "small" else [0])
+    args.jobs = 1  # times are compared
+    conduct("accuracy", args)
+
+
+def conduct(experiment: str, args: argparse.Namespace) -> None:
+    """Train, save and show what is asked for, as an experiment of this name; ends with a sentence where it cannot."""
+    args.experiment = experiment
     # Each once, however often it was named.
-    args.tasks = list(dict.fromkeys(args.tasks or DEFAULT_TASKS[args.scale]))
-    args.methods = list(dict.fromkeys(args.methods))
-    args.seeds = list(dict.fromkeys(args.seeds or ([0, 1, 2] if args.scale == "small" else [0])))
-    console = Console()
+    args.tasks, args.methods, args.seeds = (list(dict.fromkeys(x)) for x in (args.tasks, args.methods, args.seeds))
     try:
-        failures = _work(args, console)
+        failures = _work(args, Console())
     except KeyboardInterrupt:
-        raise SystemExit("experiments.accuracy: interrupted; the same command goes on from here") from None
+        raise SystemExit(f"experiments.{experiment}: interrupted; the same command goes on from here") from None
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"experiments.accuracy: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"experiments.{experiment}: {' '.join(str(error).split())}") from error
     if failures:
-        raise SystemExit(f"experiments.accuracy: {len(failures)} of the runs failed; the same command tries them again")
+        raise SystemExit(
+            f"experiments.{experiment}: {len(failures)} of the runs failed; the same command tries them again"
+        )
 
 
 def _work(args: argparse.Namespace, console: Console) -> list[str]:
@@ -262,7 +316,8 @@ def _work(args: argparse.Namespace, console: Console) -> list[str]:
         raise ValueError(f"--steps must be at least 10, got {args.steps}; a tenth of them are dense")
     if min(args.seeds) < 0:
         raise ValueError(f"--seeds must be at least 0, got {min(args.seeds)}")
-    file = args.out / f"accuracy_{args.scale}.json"
+    name = f"{args.experiment}_{args.scale}"
+    file = args.out / f"{name}.json"
     begun, runs, failures = time.monotonic(), read_runs(file), []
     if not args.table:
         if args.scale == "paper" and not args.prepare and not torch.cuda.is_available():
@@ -276,7 +331,7 @@ def _work(args: argparse.Namespace, console: Console) -> list[str]:
         raise ValueError(f"nothing has been measured yet ({file}); run it without --table")
     if args.steps is not None:
         runs = [run for run in runs if run["options"]["trainer.max_steps"] == args.steps]
-    accuracy_show.show(runs, [*METHODS], args.out / "plots", f"accuracy_{args.scale}", console)
+    accuracy_show.show(runs, [*METHODS], args.out / "plots", name, console)
     return failures
 
 

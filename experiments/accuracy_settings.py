@@ -16,12 +16,16 @@ Settings = dict[str, Any]
 
 
 class Task(NamedTuple):
-    """The config of a task, its folder in --data, what makes it small, and its steps at --scale paper."""
+    """The config of a task, its folder in --data, what makes it small, and its steps at either scale.
+
+    Without ``steps``, a task has --scale small only; those of the Arena then run as their configs stand.
+    """
 
     config: str
     folder: str | None
     small: Settings
     steps: int | None
+    small_steps: int = 1000
 
 
 # Steps at --scale paper. One task, five methods and one seed are to fit into ten minutes of an H200: 110 seconds a
@@ -40,7 +44,19 @@ DEFAULT_TASKS = {
     "paper": ["cifar10", "inaturalist", "ag_news", "yelp"],
 }
 
-SMALL_STEPS = 1000
+# The Long Range Arena, of experiments.arena. Small: sizes at which a dense Transformer learns in minutes of one core.
+ARENA = {
+    "listops": Task(
+        "lra_listops.yaml", None, {"data.seq_len": 256, "data.min_length": 100, "data.max_length": 250}, None, 4000
+    ),
+    "text": Task("lra_text.yaml", "imdb", {"data.seq_len": 512, "data.eval_samples": 5000}, None, 2000),
+    "retrieval": Task("lra_retrieval.yaml", "lra_retrieval", {"data.seq_len": 512}, None),
+    "image": Task("lra_image.yaml", "cifar10", {"data.image_size": 16}, None),
+    "pathfinder": Task("lra_pathfinder.yaml", None, {"data.image_size": 16, "data.num_samples": 40_000}, None, 4000),
+}
+ARENA_TASKS = {"small": ["listops", "pathfinder", "text"], "paper": [*ARENA]}
+EVERY_TASK = TASKS | ARENA
+
 SMALL: Settings = {
     "data.batch_size": 32,
     "data.eval_batch_size": 100,
@@ -128,17 +144,19 @@ def window_blocks(blocks: int, density: float) -> int:
     return min(range(1, blocks, 2), key=lambda window: abs(kept(window) - density * blocks**2))
 
 
-def overrides(scale: str, task: str, method: str, steps: int, structures: dict[str, Settings]) -> Settings:
-    """What a run has otherwise than its config."""
-    published = flat(read_config(shipped_configs() / TASKS[task].config))
-    common: Settings = {"trainer.max_steps": steps, "trainer.val_check_interval": math.ceil(steps / 4)}
-    # The paper waits for its rule without end, which a run of fewer steps cannot.
-    common["sparsity.max_dense_steps"] = max(1, steps // 10)
-    if scale == "small":
-        common |= {**SMALL, **TASKS[task].small, "sparsity.samples": SMALL["data.batch_size"]}
-    # Shorter runs warm up for a tenth at most: the cycle must have time to come down.
-    warmup = (published | common)["optimizer.warmup_steps"]
-    common["optimizer.warmup_steps"] = min(warmup, max(1, steps // 10))
+def overrides(scale: str, task: str, method: str, steps: int | None, structures: dict[str, Settings]) -> Settings:
+    """What a run has otherwise than its config, which stands as it is but for the method if no steps are given."""
+    published = flat(read_config(shipped_configs() / EVERY_TASK[task].config))
+    common: Settings = {}
+    if steps is not None:
+        common |= {"trainer.max_steps": steps, "trainer.val_check_interval": math.ceil(steps / 4)}
+        # The paper waits for its rule without end, which a run of fewer steps cannot.
+        common["sparsity.max_dense_steps"] = max(1, steps // 10)
+        if scale == "small":
+            common |= {**SMALL, **EVERY_TASK[task].small, "sparsity.samples": SMALL["data.batch_size"]}
+        # Shorter runs warm up for a tenth at most: the cycle must have time to come down.
+        warmup = (published | common)["optimizer.warmup_steps"]
+        common["optimizer.warmup_steps"] = min(warmup, max(1, steps // 10))
     if method in structures:
         return {**common, **structures[method]}
     if method in ("dense", "explicit"):
@@ -146,9 +164,11 @@ def overrides(scale: str, task: str, method: str, steps: int, structures: dict[s
     if method in ("sat", "sat-paper"):
         return {**common, **(SAT if method == "sat" else SAT_PAPER)}
     if method == "window":
-        # At --scale paper 32 x 32 blocks are too coarse: a window of 1 is .03, of 3 already .09.
-        block, length = (8, 256) if scale == "small" else (16, 1024)
-        width = window_blocks(length // block, (published | common)["sparsity.density"])
+        options = published | common
+        # In the paper's configs 32 x 32 blocks are too coarse: a window of 1 is .03, of 3 already .09.
+        block = 16 if scale == "paper" and task in TASKS else options["model.block_size"]
+        length = options.get("data.seq_len") or options.get("data.image_size", 32) ** 2
+        width = window_blocks(-(-length // block), options["sparsity.density"])
         band = {"block": block, "num_sliding_window_blocks": width, "attention": "bidirectional"}
         return {**common, **attention_options("structure", mode="local", **band)}
     return {**common, **BASELINES[scale][method]}
@@ -160,7 +180,7 @@ def settings(task: str, own: Settings, samples: dict[str, int]) -> Settings:
     Not where these lie: the place of the data may change between two runs. Nor what only methods with learned layouts
     read, where the method is none.
     """
-    found = {**flat(read_config(shipped_configs() / TASKS[task].config)), **own, "samples": samples}
+    found = {**flat(read_config(shipped_configs() / EVERY_TASK[task].config)), **own, "samples": samples}
     if found["model.attention"] == "adaptive":
         return found
     unread = [name for name in found if name.startswith("sparsity.") and name != "sparsity.density"]

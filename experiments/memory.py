@@ -15,6 +15,18 @@ import torch
 Make = Callable[..., tuple[Callable[[], Any], Callable[[], Any]]]
 
 
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns in a process of its own; None where the system ended that process."""
+    # The server has imported PyTorch once; each process that it forks is as fresh as a new one, within a second.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.gpu_suite.attention"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:  # the system ended it, as it does with what wants too much memory
+            return None
+
+
 def peak_mib(make: Make, *arguments: Any, threads: int) -> float | None:
     """MiB that a call takes beyond its inputs, results included; None if there was not enough for it.
 
@@ -24,14 +36,8 @@ def peak_mib(make: Make, *arguments: Any, threads: int) -> float | None:
         arguments: of ``make``; they are sent to the process.
         threads: of PyTorch.
     """
-    # The server has imported PyTorch once; each process that it forks is as fresh as a new one, within a second.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.gpu_suite.attention"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(_peak, make, arguments, threads).result()
-        except BrokenProcessPool:  # the system ended it, as it does with what wants too much memory
-            return None
+    found: float | None = alone(_peak, make, arguments, threads)
+    return found
 
 
 def _peak(make: Make, arguments: tuple[Any, ...], threads: int) -> float:

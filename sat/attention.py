@@ -200,10 +200,10 @@ class AdaptiveAttention(nn.Module):
         rows, columns = (-(-length // self.block_size) for length in (query_length, key_length))
         mask = self.layout_mask[:, :rows, :columns]
         if torch.compiler.is_compiling() or mask.is_inference():
-            return BlockLayout(mask, self.block_size)
+            return BlockLayout(mask, self.block_size, keep_mask=True)
         state = (mask.data_ptr(), mask._version, rows, columns)
         if self._current is None or self._current[0] != state:
-            self._current = state, BlockLayout(mask, self.block_size)
+            self._current = state, BlockLayout(mask, self.block_size, keep_mask=True)
         return self._current[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,5 +284,6 @@ class AdaptiveAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        phase = f"sparse, density {self.layout_mask.float().mean():.3f}" if self._is_sparse else "dense"
+        density = int(self.layout_mask.count_nonzero()) / self.layout_mask.numel()
+        phase = f"sparse, density {density:.3f}" if self._is_sparse else "dense"
         return f"num_heads={self.num_heads}, seq_len={self.seq_len}, block_size={self.block_size}, {phase}"

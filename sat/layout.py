@@ -6,11 +6,13 @@ No attention and no learning here; every other room agrees on this one value.
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,25 +23,33 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 FORMAT = "sat.BlockLayout"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Blocks that a file may say there are, kept or not: 8 heads of a million tokens in blocks of 64.
+LARGEST = 2**31
+# Blocks of a mask whose kept ones are looked for at a time.
+CHUNK = 2**20
 
 
 class BlockLayout:
     """The kept blocks of an attention matrix, per head or shared by all heads.
 
-    The boolean mask is the layout; the compressed indices are derived from it on first use, in the names of
-    PyTorch's BSR and BSC tensors. Treat a layout as a value: do not write into its mask.
+    On the CPU a layout holds the compressed indices of its kept blocks, in the names of PyTorch's BSR and BSC tensors,
+    and makes the boolean mask anew whenever it is asked for: it takes memory by the blocks that it keeps. On another
+    device, inside ``torch.compile`` and with ``keep_mask`` it holds the mask, and the indices are derived on first use.
+    Treat a layout as a value: do not write into its mask.
 
     Args:
-        mask: ``[H, M, N]`` or ``[M, N]``, bool, True = the block is kept. ``H`` may be 1: shared by all heads.
+        mask: ``[H, M, N]`` or ``[M, N]``, bool, True = the block is kept. ``H`` may be 1: shared by all heads. One that
+            was expanded to its heads is read once.
         block_size: edge of a block in tokens. The last block row and column may be partial.
+        keep_mask: hold on to this very mask, a module's buffer that is there in any case.
 
     Raises:
         TypeError: the mask is no bool tensor, or the block size no integer.
         ValueError: the mask has another number of dimensions or a dimension of 0, or the block size is below 1.
     """
 
-    def __init__(self, mask: Tensor, block_size: int) -> None:
+    def __init__(self, mask: Tensor, block_size: int, *, keep_mask: bool = False) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"a BlockLayout is made from a torch.bool tensor, got {found}; convert it with mask.bool()")
@@ -52,28 +62,52 @@ class BlockLayout:
                 f"a BlockLayout mask is [heads, rows, columns] or [rows, columns] in blocks, none of them 0; "
                 f"got the shape {list(mask.shape)}"
             )
-        self.mask = mask.detach().reshape(-1, *mask.shape[-2:])
+        mask = mask.detach() if mask.dim() == 3 else mask.detach()[None]
+        heads, rows, columns = mask.shape
+        self._sizes = (heads, rows, columns)
         self.block_size = block_size
         # What operators have derived from the mask, kept for their next call.
         self.derived: dict[object, Any] = {}
+        self._mask: Tensor | None = mask
+        self._compressed: tuple[Tensor, Tensor] | None = None  # crow_indices and col_indices
         # Counted at once where no device has to be waited for: compiled functions then find a number, not a tensor.
         at_once = type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        self._nnz = int(mask.count_nonzero()) if at_once else None
+        self._nnz = int(mask.count_nonzero()) if at_once and keep_mask else None
+        if at_once and not keep_mask:
+            alike = heads if mask.stride(0) == 0 else 1
+            crow, col = _repeated(*_compress(mask[: heads // alike]), alike)
+            self._mask, self._compressed, self._nnz = None, (crow, col), len(col)
+
+    @classmethod
+    def _of_indices(cls, crow: Tensor, col: Tensor, columns: int, block_size: int) -> BlockLayout:
+        """A layout on the CPU from its ``crow_indices``, its ``col_indices`` and its number of block columns."""
+        made = cls.__new__(cls)
+        made._sizes, made.block_size = (crow.shape[0], crow.shape[1] - 1, columns), block_size
+        made._mask, made._compressed, made._nnz, made.derived = None, (crow, col), len(col), {}
+        return made
+
+    @property
+    def mask(self) -> Tensor:
+        """``[H, M, N]``, bool, True = the block is kept; on the CPU a new tensor each time, see the class."""
+        if self._mask is not None:
+            return self._mask
+        mask = torch.zeros(math.prod(self._sizes), dtype=torch.bool, device="cpu")
+        return mask.index_fill_(0, self._rows * self.shape[1] + self.col_indices, True).view(self._sizes)
 
     @property
     def num_heads(self) -> int:
         """Number of layouts: the number of heads, or 1 when all heads share one."""
-        return self.mask.shape[0]
+        return self._sizes[0]
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(M, N)``: block rows and block columns."""
-        return self.mask.shape[1], self.mask.shape[2]
+        return self._sizes[1:]
 
     @property
     def device(self) -> torch.device:
-        """Where the mask lies."""
-        return self.mask.device
+        """Where the layout lies."""
+        return torch.device("cpu") if self._mask is None else self._mask.device
 
     @property
     def nnz(self) -> int:
@@ -89,44 +123,70 @@ class BlockLayout:
     @property
     def density(self) -> float:
         """Kept blocks over all blocks, 0 to 1."""
-        return self.nnz / self.mask.numel()
+        return self.nnz / math.prod(self._sizes)
 
-    @cached_property
-    def _coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Head, row and column of each kept block, int64 ``[nnz]``, in (head, row, column) order."""
-        head, row, column = self.mask.nonzero(as_tuple=True)
-        return head, row, column
-
-    @cached_property
+    @property
     def crow_indices(self) -> Tensor:
         """``[H, M+1]``, int32: where each block row's entries begin and end; offsets run through the heads."""
-        return _offsets(self.mask.sum(2))
+        return self._indices()[0]
 
-    @cached_property
+    @property
     def col_indices(self) -> Tensor:
         """``[nnz]``, int32: the column of each kept block, in (head, row, column) order."""
-        return self._coordinates[2].int()
+        return self._indices()[1]
+
+    def _indices(self) -> tuple[Tensor, Tensor]:
+        if self._compressed is None:
+            self._compressed = _compress(self.mask)
+        return self._compressed
+
+    @property
+    def _rows(self) -> Tensor:
+        """The row of each kept block, counted through the heads: int64 ``[nnz]``."""
+        rows = torch.arange(self.num_heads * self.shape[0], device=self.device)
+        return rows.repeat_interleave(self.crow_indices.diff(dim=1).flatten(), output_size=self.nnz)
 
     @cached_property
+    def _transposed(self) -> tuple[Tensor, Tensor]:
+        """Offsets and rows of the kept blocks in (head, column, row) order."""
+        heads, rows, columns = self._sizes
+        if (one := self.shared()) is not self:
+            return _repeated(*one._transposed, heads)
+        row = self._rows.int()
+        order = (row // rows * columns + self.col_indices).sort(stable=True)
+        return _offsets(order.values, heads, columns), (row % rows)[order.indices]
+
+    @property
     def ccol_indices(self) -> Tensor:
         """``[H, N+1]``, int32: where each block column's entries begin and end; offsets run through the heads."""
-        return _offsets(self.mask.sum(1))
+        return self._transposed[0]
 
-    @cached_property
+    @property
     def row_indices(self) -> Tensor:
         """``[nnz]``, int32: the row of each kept block, in (head, column, row) order."""
-        return self.mask.transpose(1, 2).nonzero(as_tuple=True)[2].int()
+        return self._transposed[1]
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
+        if self._mask is None and torch.device(device).type == "cpu":
+            return self
         moved = BlockLayout(self.mask.to(device), self.block_size)
         moved._nnz = self._nnz
         return moved
 
     def shared(self) -> BlockLayout:
         """The same layout with a single head if all of its heads are equal, which costs less to walk."""
-        same = bool((self.mask == self.mask[:1]).all())
-        return BlockLayout(self.mask[:1], self.block_size) if same and self.num_heads > 1 else self
+        if self.num_heads == 1:
+            return self
+        counts = self.crow_indices.diff(dim=1)
+        if not bool((counts == counts[:1]).all()):
+            return self
+        columns = self.col_indices.view(self.num_heads, -1)
+        if not bool((columns == columns[:1]).all()):
+            return self
+        if self._mask is not None:
+            return BlockLayout(self._mask[:1], self.block_size)
+        return BlockLayout._of_indices(self.crow_indices[:1], columns[0].clone(), self.shape[1], self.block_size)
 
     def fits(self, query_length: int, key_length: int) -> bool:
         """Whether this layout covers an attention matrix of ``query_length`` x ``key_length`` tokens exactly."""
@@ -165,18 +225,15 @@ class BlockLayout:
         Raises:
             IndexError: there is no such head in the layout.
         """
-        import numpy as np
         import scipy.sparse
 
         if not 0 <= head < self.num_heads:
             raise IndexError(f"head {head} asked for, but the layout has the heads 0 to {self.num_heads - 1}")
-        mask = self.mask[head].cpu().numpy()
-        indptr = np.concatenate([[0], mask.sum(1).cumsum()])
-        size = self.block_size
-        data = np.ones((int(indptr[-1]), size, size), dtype=bool)
-        return scipy.sparse.bsr_array(
-            (data, mask.nonzero()[1], indptr), shape=(mask.shape[0] * size, mask.shape[1] * size)
-        )
+        offsets = self.crow_indices[head].cpu().numpy()
+        columns = self.col_indices[offsets[0] : offsets[-1]].cpu().numpy()
+        data = np.ones((len(columns), self.block_size, self.block_size), dtype=bool)
+        shape = (self.shape[0] * self.block_size, self.shape[1] * self.block_size)
+        return scipy.sparse.bsr_array((data, columns, offsets - offsets[0]), shape=shape)
 
     def to_block_mask(self, query_length: int, key_length: int) -> BlockMask:
         """The same layout for PyTorch's FlexAttention, batch 1 (it broadcasts), one entry a head.
@@ -191,9 +248,9 @@ class BlockLayout:
         from torch.nn.attention.flex_attention import BlockMask
 
         self._check_fits(query_length, key_length)
-        counts = self.mask.sum(2, dtype=torch.int32)[None]
-        # Kept columns first, in ascending order: a stable sort of "not kept".
-        indices = torch.argsort((~self.mask).int(), dim=2, stable=True).int()[None]
+        rows, columns = self.shape
+        counts, indices = _listed(self.crow_indices, self.col_indices, columns)
+        q_counts, q_indices = _listed(self.ccol_indices, self.row_indices, rows)
         mask, size, shared = self.mask, self.block_size, self.num_heads == 1
 
         def kept(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -201,20 +258,30 @@ class BlockLayout:
 
         # All blocks are declared full: compiled, FlexAttention never evaluates the mask function, which is for its
         # uncompiled path.
-        return BlockMask.from_kv_blocks(
-            torch.zeros_like(counts),
-            torch.zeros_like(indices),
+        return BlockMask(
+            seq_lengths=(query_length, key_length),
+            kv_num_blocks=torch.zeros_like(counts),
+            kv_indices=indices,
             full_kv_num_blocks=counts,
             full_kv_indices=indices,
-            BLOCK_SIZE=size,
+            q_num_blocks=torch.zeros_like(q_counts),
+            q_indices=q_indices,
+            full_q_num_blocks=q_counts,
+            full_q_indices=q_indices,
+            BLOCK_SIZE=(size, size),
             mask_mod=kept,
-            seq_lengths=(query_length, key_length),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layout as a safetensors file; an existing file is replaced whole or not at all."""
-        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "block_size": json.dumps(self.block_size)}
-        save_tensors({"mask": self.mask.cpu().contiguous()}, path, metadata)
+        """Write the layout as a safetensors file of its indices; an existing file is replaced whole or not at all."""
+        metadata = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "block_size": json.dumps(self.block_size),
+            "columns": json.dumps(self.shape[1]),
+        }
+        indices = {"crow_indices": self.crow_indices.cpu(), "col_indices": self.col_indices.cpu()}
+        save_tensors(indices, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockLayout:
@@ -238,6 +305,10 @@ class BlockLayout:
                     f"upgrade SAT to read it"
                 )
             block_size, mask = whole_number(metadata, "block_size"), tensors.get("mask")
+            if version > 1:
+                columns = whole_number(metadata, "columns")
+                indices = _check_indices(tensors.get("crow_indices"), tensors.get("col_indices"), columns)
+                return cls._of_indices(*indices, columns, block_size)
             if mask is None or mask.dtype != torch.bool or mask.dim() != 3 or 0 in mask.shape:
                 raise DamagedFile("it holds no mask of bools, [heads, rows, columns]")
             return cls(mask, block_size)
@@ -249,7 +320,9 @@ class BlockLayout:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):
             return NotImplemented
-        return self.block_size == other.block_size and torch.equal(self.mask.cpu(), other.mask.cpu())
+        if (self.block_size, self._sizes) != (other.block_size, other._sizes):
+            return False
+        return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(self._indices(), other._indices(), strict=True))
 
     __hash__ = None  # type: ignore[assignment]  # holds a tensor: compared by content, so not hashable
 
@@ -306,7 +379,62 @@ class LayoutsByLength:
         return self.__dict__ | {"_kept": {}}  # a copy makes its own
 
 
-def _offsets(counts: Tensor) -> Tensor:
-    """Running offsets ``[H, R+1]`` of the counts ``[H, R]``, through all heads."""
-    ends = counts.flatten().cumsum(0).view_as(counts)
-    return torch.cat([ends[:, :1] - counts[:, :1], ends], dim=1).int()
+def _compress(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``crow_indices`` and ``col_indices`` of a mask ``[H, M, N]``."""
+    heads, rows, columns = mask.shape
+    if type(mask) is not Tensor or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        kept = mask.flatten().nonzero()[:, 0]
+        return _offsets(kept // columns, heads, rows), (kept % columns).int()
+    # NumPy finds bools four times as fast; some rows at a time, since places take eight bytes each.
+    found, ends = [], [np.zeros(1, np.int64)]
+    every = mask.reshape(-1, columns).numpy()
+    step = max(1, CHUNK // columns)
+    for start in range(0, len(every), step):
+        part = every[start : start + step]
+        places = np.flatnonzero(part)
+        found.append((places % columns).astype(np.int32))
+        ends.append(ends[-1][-1] + np.searchsorted(places, np.arange(1, len(part) + 1) * columns))
+    offsets = torch.from_numpy(np.concatenate(ends)).int().unfold(0, rows + 1, rows).contiguous()
+    return offsets, torch.from_numpy(np.concatenate(found))
+
+
+def _repeated(offsets: Tensor, entries: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Offsets ``[1, R+1]`` and entries of one head for so many heads; those of more, for 1, as they are."""
+    before = torch.arange(heads, dtype=torch.int32, device=offsets.device)[:, None] * len(entries)
+    return offsets + before, entries.repeat(heads)
+
+
+def _offsets(entries: Tensor, heads: int, rows: int) -> Tensor:
+    """Where the rows ``[nnz]``, ascending and counted through the heads, begin and end: int32 ``[H, M+1]``."""
+    every = torch.arange(heads * rows + 1, dtype=entries.dtype, device=entries.device)
+    return torch.searchsorted(entries, every, out_int32=True).unfold(0, rows + 1, rows).contiguous()
+
+
+def _listed(offsets: Tensor, entries: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """FlexAttention's form: how many entries each row has ``[1, H, R]``, and these, ``[1, H, R, width]``, then 0."""
+    counts = offsets.diff(dim=1)
+    lists = torch.zeros(*counts.shape, width, dtype=torch.int32, device=entries.device)
+    lists[torch.arange(width, device=entries.device) < counts[..., None]] = entries
+    return counts[None], lists[None]
+
+
+def _check_indices(crow: Tensor | None, col: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
+    """The indices of a file, which anyone may have written.
+
+    Raises:
+        DamagedFile: they are not those of a mask.
+    """
+    if crow is None or col is None or {crow.dtype, col.dtype} != {torch.int32} or (crow.dim(), col.dim()) != (2, 1):
+        raise DamagedFile("it holds no indices of blocks, crow_indices [heads, rows + 1] and col_indices, of 32 bits")
+    heads, rows = crow.shape[0], crow.shape[1] - 1
+    if heads < 1 or rows < 1 or heads * rows * columns > LARGEST:
+        raise DamagedFile(f"it says that it has {heads} x {rows} x {columns} blocks, expected 1 to {LARGEST}")
+    whole = crow[0, 0] == 0 and crow[-1, -1] == len(col) and (crow[1:, 0] == crow[:-1, -1]).all()
+    if not whole or not (crow[:, 1:] >= crow[:, :-1]).all():
+        raise DamagedFile("its crow_indices do not rise from 0 to the number of its blocks")
+    rises = col[1:] > col[:-1]
+    begins = crow[:, :-1].flatten()
+    rises[begins[(begins > 0) & (begins < len(col))].long() - 1] = True  # from one row to the next it may fall
+    if not rises.all() or not ((col >= 0) & (col < columns)).all():
+        raise DamagedFile(f"its col_indices do not rise from 0 to {columns - 1} at most in each row")
+    return crow, col

@@ -79,7 +79,7 @@ class _Structure:
             mask = self._mask(-(-seq_len // self.block_size))
             if self.is_causal:
                 mask = mask.tril_()
-            return BlockLayout(mask.expand(self.num_heads, -1, -1).contiguous(), self.block_size)
+            return BlockLayout(mask.expand(self.num_heads, -1, -1), self.block_size)
 
     def _mask(self, blocks: int) -> Tensor:
         """The mask ``[1, M, M]`` if all heads share it, else ``[num_heads, M, M]``."""
@@ -263,7 +263,11 @@ class Variable(_Structure):
         window = torch.searchsorted(ends, index, right=True) + repeated
         is_global = _in_ranges(index, self.global_block_indices, self.global_block_end_indices)
         mask = _with_globals(window[:, None] == window, is_global, rows=self.horizontal_global_attention)
-        return mask | self._random(blocks, self.num_random_blocks, self.seed) if self.num_random_blocks else mask
+        return (
+            self._random(blocks, self.num_random_blocks, self.seed).logical_or_(mask)
+            if self.num_random_blocks
+            else mask
+        )
 
 
 class BigBird(_Structure):
@@ -316,7 +320,11 @@ class BigBird(_Structure):
     def _mask(self, blocks: int) -> Tensor:
         is_global = torch.arange(blocks) < self.num_global_blocks
         mask = _with_globals(_window(blocks, self.num_sliding_window_blocks), is_global, rows=True)
-        return mask | self._random(blocks, self.num_random_blocks, self.seed) if self.num_random_blocks else mask
+        return (
+            self._random(blocks, self.num_random_blocks, self.seed).logical_or_(mask)
+            if self.num_random_blocks
+            else mask
+        )
 
 
 class Longformer(_Structure):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sat.layout import FORMAT_VERSION, BlockLayout, LayoutsByLength
+from sat.patterns import SlidingWindow
 
 
 def layout(*rows: str, size: int = 4) -> BlockLayout:
@@ -36,6 +37,66 @@ def test_indices_are_torchs_and_scipys(heads, rows, columns, size, seed):
         assert made.row_indices[start:end].tolist() == bsc.indices.tolist()
         assert (made.to_scipy(head).toarray() == dense).all()
     assert made.crow_indices[-1, -1] == made.ccol_indices[-1, -1] == made.nnz
+    assert torch.equal(made.mask, mask)
+
+
+def held(made: BlockLayout) -> int:
+    """Bytes of all tensors in a layout."""
+    found, left = 0, [*vars(made).values()]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            found += value.untyped_storage().nbytes()
+        elif isinstance(value, tuple | list | dict):
+            left += value.values() if isinstance(value, dict) else value
+    return found
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+def test_a_layout_of_256k_tokens_takes_memory_by_its_kept_blocks(heads, tmp_path):
+    made = SlidingWindow(heads, 64, num_sliding_window_blocks=7, attention="bidirectional").layout(2**18)
+    assert made.nnz == heads * (7 * 4096 - 2 * (1 + 2 + 3))
+    indices = (made.crow_indices, made.col_indices, made.ccol_indices, made.row_indices)
+    needed = 4 * (2 * made.nnz + 2 * heads * 4097)  # a column and a row each, and where rows and columns begin
+    assert held(made) == sum(4 * x.numel() for x in indices) == needed
+    assert made.mask.shape == (heads, 4096, 4096)
+    assert held(made) == needed  # the mask is not kept
+    assert made.shared().nnz == made.nnz // heads
+    if heads == 1:
+        made.save(tmp_path / "layout.safetensors")
+        assert (tmp_path / "layout.safetensors").stat().st_size < needed / 2 + 1000
+        loaded = BlockLayout.load(tmp_path / "layout.safetensors")
+        assert loaded == made
+        assert held(loaded) < needed
+
+
+def test_an_expanded_mask_makes_the_layout_of_its_copies():
+    mask = torch.rand(1, 5, 6) < 0.4
+    one, other = (BlockLayout(x, 4) for x in (mask.expand(3, -1, -1), mask.repeat(3, 1, 1)))
+    assert one == other
+    for name in ("crow_indices", "col_indices", "ccol_indices", "row_indices", "mask"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_layouts_of_other_sizes_or_blocks_are_not_equal():
+    made = layout("#.", ".#")
+    assert made == layout("#.", ".#")
+    assert made != layout("#.", "#.")
+    assert made != layout("#..", ".#.")
+    assert made != layout("#.", ".#", "..")
+    assert made != layout("#.", ".#", size=8)
+    assert made != BlockLayout(made.mask.repeat(2, 1, 1), 4)
+    assert made != "a layout"
+
+
+def test_only_a_kept_mask_is_still_read_later():
+    mask = torch.eye(3, dtype=torch.bool)
+    made, reads = BlockLayout(mask, 4), BlockLayout(mask, 4, keep_mask=True)
+    assert made == reads
+    assert reads.mask.data_ptr() == mask.data_ptr()
+    mask[0, 2] = True
+    assert reads.mask[0, 0, 2]
+    assert not made.mask[0, 0, 2]
 
 
 def test_element_mask_of_a_partial_last_block():
@@ -52,6 +113,11 @@ def test_blocks_are_counted_once_and_inside_compiled_code_not_at_all():
     made = layout("#.", "##")
     assert torch.compile(lambda x: x + made.nnz, fullgraph=True, backend="eager")(torch.zeros(())) == 3
     assert made.to("meta").nnz == 3  # nothing to count there
+
+    def outside(x):
+        return x + made.mask
+
+    assert torch.compile(outside, fullgraph=True, backend="eager")(torch.zeros(1, 2, 2)).sum() == 3
 
     def inside(mask):
         return BlockLayout(mask, 4).mask.float()
@@ -70,7 +136,7 @@ def test_one_mask_without_heads_is_shared():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("heads", [1, 2])
 def test_to_block_mask_computes_the_same_attention(heads):
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     mask = torch.rand(heads, 3, 3) < 0.5
     mask[:, range(3), range(3)] = True
@@ -78,6 +144,16 @@ def test_to_block_mask_computes_the_same_attention(heads):
     query, key, value = torch.randn(3, 1, 2, 45, 8).unbind(0)
     block_mask = made.to_block_mask(45, 45)
     assert (block_mask.to_dense()[0].bool() == mask).all()
+    # The way back, for gradients to keys and values: as PyTorch derives it from the way there.
+    theirs = BlockMask.from_kv_blocks(
+        *(getattr(block_mask, f"{kind}kv_{what}") for kind in ("", "full_") for what in ("num_blocks", "indices")), 16
+    )
+    for kind in ("", "full_"):
+        counts = getattr(theirs, f"{kind}q_num_blocks")
+        assert torch.equal(getattr(block_mask, f"{kind}q_num_blocks"), counts)
+        first = torch.arange(3) < counts[..., None]
+        found, expected = (getattr(x, f"{kind}q_indices")[first] for x in (block_mask, theirs))
+        assert torch.equal(found, expected)
     ours = flex_attention(query, key, value, block_mask=block_mask)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=made.element_mask(45, 45))
     torch.testing.assert_close(ours, expected)
@@ -89,6 +165,52 @@ class TestFiles:
         made.save(tmp_path / "layer0.safetensors")
         assert BlockLayout.load(tmp_path / "layer0.safetensors") == made
         assert [p.name for p in tmp_path.iterdir()] == ["layer0.safetensors"]
+
+    def test_a_file_of_the_first_format_a_byte_a_block(self, tmp_path):
+        mask = torch.rand(2, 3, 9) < 0.5
+        metadata = {"format": "sat.BlockLayout", "version": "1", "block_size": "8"}
+        save_file({"mask": mask}, tmp_path / "old.safetensors", metadata=metadata)
+        assert BlockLayout.load(tmp_path / "old.safetensors") == BlockLayout(mask, 8)
+
+    @pytest.mark.parametrize(
+        ("crow", "col", "columns", "said"),
+        [
+            ([[0, 1, 2]], None, "3", "it holds no indices of blocks"),
+            ([0, 1, 2], [0, 1], "3", "it holds no indices of blocks"),
+            ([[0, 1, 2]], [0.0, 1.0], "3", "it holds no indices of blocks"),
+            ([[0, 1, 2]], [0, 1], "0", "its columns is 0, expected a whole number"),
+            ([[0, 1, 2]], [0, 1], "999999999999", "its columns is 999999999999, expected a whole number"),
+            ([[0] * 10], [], "300000000", "it says that it has 1 x 9 x 300000000 blocks, expected 1 to 2147483648"),
+            ([[0]], [], "3", "it says that it has 1 x 0 x 3 blocks"),
+            ([[0, 2, 1]], [0], "3", "its crow_indices do not rise"),
+            ([[1, 1, 2]], [0, 1], "3", "its crow_indices do not rise"),
+            ([[0, 1, 3]], [0, 1], "3", "its crow_indices do not rise"),
+            ([[0, 1, 1], [2, 2, 2]], [0, 1], "3", "its crow_indices do not rise"),
+            ([[0, 1, 2]], [0, 3], "3", "its col_indices do not rise from 0 to 2"),
+            ([[0, 1, 2]], [-1, 0], "3", "its col_indices do not rise from 0 to 2"),
+            ([[0, 2, 2]], [1, 1], "3", "its col_indices do not rise from 0 to 2"),
+            ([[0, 0, 2]], [1, 0], "3", "its col_indices do not rise from 0 to 2"),
+        ],
+    )
+    def test_indices_that_no_mask_has_are_refused(self, tmp_path, crow, col, columns, said):
+        path = tmp_path / "a.safetensors"
+        tensors = {"crow_indices": torch.tensor(crow, dtype=torch.int32)}
+        if col is not None:
+            floats = any(isinstance(value, float) for value in col)
+            tensors["col_indices"] = torch.tensor(col, dtype=torch.float32 if floats else torch.int32)
+        metadata = {"format": "sat.BlockLayout", "version": "2", "block_size": "4", "columns": columns}
+        save_file(tensors, path, metadata=metadata)
+        with pytest.raises(ValueError, match=f"is not a whole layout file .{said}"):
+            BlockLayout.load(path)
+
+    def test_rows_may_be_empty_and_begin_anywhere(self, tmp_path):
+        made = BlockLayout(
+            torch.tensor([[[0, 0, 1], [1, 0, 0], [0, 0, 0]], [[0, 0, 0], [1, 1, 1], [0, 0, 0]]]).bool(), 4
+        )
+        empty = BlockLayout(torch.zeros(2, 3, 4, dtype=torch.bool), 4)
+        for layout in (made, empty):
+            layout.save(tmp_path / "a.safetensors")
+            assert BlockLayout.load(tmp_path / "a.safetensors") == layout
 
     def test_failed_save_keeps_the_old_file(self, tmp_path, monkeypatch):
         path = tmp_path / "a.safetensors"

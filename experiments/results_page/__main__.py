@@ -26,6 +26,15 @@ SECTIONS = (
         accuracy.accuracy,
     ),
     Section(
+        "Long Range Arena",
+        "Dense attention, a window and SAT on the Arena's tasks, beside what was published.",
+        {
+            "arena_small.json": "python -m experiments.arena --data FOLDER --jobs 2",
+            "arena_paper.json": "python -m experiments.arena --scale paper --data FOLDER",
+        },
+        accuracy.arena,
+    ),
+    Section(
         "Masks",
         "Rules that choose the blocks to keep, all else equal.",
         {"masks.json": "python -m experiments.masks"},
@@ -60,6 +69,12 @@ SECTIONS = (
             "scaling_[!c]*.json": "python -m experiments.scaling --device cuda",
         },
         speed.scaling,
+    ),
+    Section(
+        "Length",
+        "One sequence, with as many kept blocks a row at every length; layouts of long ones; training on Path-X.",
+        {"length_cpu.json": "python -m experiments.length"},
+        speed.length,
     ),
     Section(
         "A training step on a CPU",

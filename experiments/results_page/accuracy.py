@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.accuracy_show import comparable
+from experiments.arena import rows as arena_rows
 from experiments.gpu_suite.case import number
 from experiments.results_page import pictures
 from experiments.results_page.page import FEWEST_SEEDS, Content, Shown, listed, markdown, mean, points
@@ -107,6 +108,17 @@ def accuracy(content: Content) -> Shown:
     if slower:
         short.append(f"A step of ours is slower than one of the dense method, which runs by itself: {listed(slower)}.")
     return Shown(text, short, {"Test accuracy by method and task": picture})
+
+
+def arena(content: Content) -> Shown:
+    """The Arena's tasks, and the published accuracies below ours."""
+    shown = accuracy(content)
+    header, rows = arena_rows(content["runs"])
+    shown.text.insert(1, markdown(header, rows))
+    options = content["runs"][-1]["options"]
+    if options["trainer.accelerator"] == "cpu":
+        shown.text.insert(2, "Shorter sequences and smaller models than those published: the two cannot be compared.")
+    return shown
 
 
 def costs(runs: Sequence[Run], ours: Sequence[str]) -> tuple[list[list[str]], list[str]]:

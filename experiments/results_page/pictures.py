@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from experiments import length as by_length
 from experiments import operations as by_operation
 from experiments import scaling as over_length
 from sat.plots import FAINT, INK, LINES, RULE
@@ -144,6 +145,37 @@ def scaling(cases: Sequence[Mapping[str, Any]]) -> Figure:
         plain(axes)
     note = "blue = SAT, by density; dashed = the same number of blocks a row; every length has as many tokens in all"
     heading(figure, "Over the sequence length", note)
+    return figure
+
+
+def length(cases: Sequence[Mapping[str, Any]]) -> Figure:
+    """Time and memory over the length, both logarithmic: a straight line is a power of it."""
+    figure = Figure(figsize=(8.4, 3.6), facecolor="white")
+    figure.subplots_adjust(left=0.08, right=0.87, bottom=0.14, top=0.78, wspace=0.6)
+    lengths = [case["length"] for case in cases]
+    measures = {"ms": "forward + backward (ms)", "peak_mib": "memory beyond the inputs (MiB)"}
+    for axes, (name, label) in zip(figure.subplots(1, 2), measures.items(), strict=True):
+        for way in (by_length.OURS, by_length.DENSE):
+            line = [(case["length"], case[way][name]) for case in cases if case[way].get(name)]
+            if not line:
+                continue
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=3, linewidth=1.6, color=COLORS[way])
+            power = by_length.exponent(cases, way, name, by_length.FROM)
+            grows = "" if power is None else f"\nlength^{power:g}"
+            place: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{way}{grows}", line[-1], fontsize=7.5, color=COLORS[way], annotation_clip=False, **place)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(lengths))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: thousands(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("sequence length (tokens)", **LITTLE)
+        axes.set_ylabel(label, **LITTLE)
+        axes.tick_params(axis="x", labelrotation=0)
+        plain(axes)
+    note = f"SAT keeps {by_length.PER_ROW} blocks a row; powers fitted from {by_length.FROM:,} tokens on; logarithmic"
+    heading(figure, "Over the length of a sequence", note)
     return figure
 
 

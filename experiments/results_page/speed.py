@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
+from experiments import length as by_length
 from experiments import operations as by_operation
 from experiments import scaling as over_length
 from experiments.gpu_suite.case import number
@@ -97,6 +99,58 @@ def scaling_short(cases: list[dict[str, Any]]) -> list[str]:
     if errors:
         short.append(f"Could not be measured: {listed(errors)}.")
     return short
+
+
+def length(content: Content) -> Shown:
+    """Growth with the length, what layouts take, and training on 16,384 tokens."""
+    cases = sorted(content["attention"], key=lambda case: case["length"])
+    ours, dense = by_length.OURS, by_length.DENSE
+    growth = by_length.exponents(cases)
+    spans = list(growth[ours]["ms"])
+    header = ["grows with the length to the power of", *(f"{what}, {span}" for what in ("ms", "MiB") for span in spans)]
+    powers = [
+        [way, *(number(figures[name][span]) for name in ("ms", "peak_mib") for span in spans)]
+        for way, figures in growth.items()
+    ]
+    shape = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in content["shape"].items())
+    text = [
+        markdown(by_length.HEADER, by_length.rows(cases), left=()),
+        f"Forward and backward of one sequence; {shape}; SAT keeps {content['per_row']} blocks a row.",
+        markdown(header, powers),
+    ]
+    if layouts := content["layouts"]:
+        kept = ("structure", "length", "block_size", "heads", "kept_blocks", "build_s", "index_s", "mib", "mask_mib")
+        table = markdown([name.replace("_", " ") for name in kept], [[row[name] for name in kept] for row in layouts])
+        slowest = max(row["build_s"] + row["index_s"] for row in layouts)
+        text.append(f"Layouts: building and indexing one takes {number(slowest)} s of the processor at most.")
+        text.append(f"<details><summary>All layouts</summary>\n\n{table}\n\n</details>")
+    if content["training"]:
+        names = ["training on 16,384 tokens", "blocks kept", "dense step ms", "step ms", "peak MiB"]
+        text.append(markdown(names, [trained(row) for row in content["training"]]))
+    short = []
+    for way, name, what in ((ours, "ms", "Time"), (ours, "peak_mib", "Memory")):
+        power = growth[way][name][spans[-1]]
+        if power is not None and power > by_length.LINEAR:
+            short.append(f"{what} of SAT grows faster than the length: to the power of {power} {spans[-1]}.")
+    behind = [str(case["length"]) for case in cases if case[ours].get("ms", 0) > case[dense].get("ms", math.inf)]
+    if behind:
+        short.append(f"Fused dense attention is faster at a length of {', '.join(behind)}.")
+    more = [case[ours]["peak_mib"] / case[dense]["peak_mib"] for case in cases if case[dense].get("peak_mib")]
+    if more and max(more) > 1:
+        short.append(f"SAT takes up to {number(max(more))} times the memory of fused dense attention.")
+    return Shown(text, short, {"Time and memory over the length of a sequence": pictures.length(cases)})
+
+
+def trained(row: dict[str, Any]) -> list[str]:
+    """A training's row: with two phases, the time of a dense step, too."""
+    own = dict(row["median_step_ms"])
+    before = own.pop("dense", None) if len(own) > 1 else None
+    time = next(iter(own.values()), None)
+    return [row["name"], number(row["density"]), number(before), number(time), number(max_of(row["peak_memory_mib"]))]
+
+
+def max_of(figures: dict[str, float]) -> float | None:
+    return max(figures.values(), default=None)
 
 
 def training(content: Content) -> Shown:

@@ -66,9 +66,12 @@ class _RandomBlocks:
         if blocks <= 5 + 2 * self.num_random_blocks:
             return BlockLayout(torch.ones(1, blocks, blocks, dtype=torch.bool), self.block_size)
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.rand(self.num_heads, blocks - 2, blocks, generator=generator)
-        order.masked_fill_(_fixed_blocks(blocks, order.device)[1:-1], -1)  # never drawn: enough others remain
-        return bigbird_layout(order.topk(self.num_random_blocks).indices, self.block_size)
+        never = _fixed_blocks(blocks, torch.device("cpu"))[1:-1]  # drawn: enough others remain
+        drawn = []
+        for _ in range(self.num_heads):  # one at a time: each takes four bytes for every block
+            order = torch.rand(blocks - 2, blocks, generator=generator).masked_fill_(never, -1)
+            drawn.append(order.topk(self.num_random_blocks).indices)
+        return bigbird_layout(torch.stack(drawn), self.block_size)
 
     def __repr__(self) -> str:
         return f"block_size={self.block_size}, num_random_blocks={self.num_random_blocks}, seed={self.seed}"

@@ -63,12 +63,12 @@ class StructureAttention(nn.Module):
     @property
     def layout(self) -> BlockLayout:
         """The layout of the longest sequence, on the CPU."""
-        return BlockLayout(self.layout_mask.cpu().clone(), self.block_size)
+        return BlockLayout(self.layout_mask.cpu(), self.block_size)
 
     def layout_for(self, length: int, device: torch.device) -> BlockLayout:
         """The layout of a length in tokens, the same object each time."""
         if torch.compiler.is_compiling() and length == self.seq_len:
-            return BlockLayout(self.layout_mask, self.block_size)
+            return BlockLayout(self.layout_mask, self.block_size, keep_mask=True)
         return self._layouts.get(length, self.num_heads, device)
 
     def forward(
@@ -105,7 +105,7 @@ class StructureAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        density = self.layout_mask.float().mean()
+        density = int(self.layout_mask.count_nonzero()) / self.layout_mask.numel()
         return f"num_heads={self.num_heads}, seq_len={self.seq_len}, {self.structure}, density={density:.3f}"
 
 

@@ -237,12 +237,11 @@ def _columns(
 ) -> list[list[tuple[str, Tensor]]]:
     """Panels from left to right; of each, what stands below each other: name and matrix."""
     kept = []
-    for head in range(layout.num_heads if layout is not None else 0):
-        assert layout is not None
-        text = f"{density_text(float(layout.mask[head].float().mean()))} kept"
+    for head, mask in enumerate(layout.mask if layout is not None else ()):
+        text = f"{density_text(_density(mask))} kept"
         if held is not None:
             text += f" · holds {percent(held[head][0])} of {percent(held[head][1])}"
-        kept.append((text, layout.mask[head]))
+        kept.append((text, mask))
     if over_uniform is None:
         each = ["all heads"] if len(kept) == 1 else [f"head {head}" for head in range(len(kept))]
         return [[(f"{name} · {text}", mask)] for name, (text, mask) in zip(each, kept, strict=True)]
@@ -283,15 +282,16 @@ def _draw_heads(names: list[str], layouts: list[BlockLayout], held: list[float],
     figure, grid = panels(rows, heads, edge, left=1.95, top=0.85, gaps=(0.1, 0.26))
     grouped = False
     for row, (name, layout) in enumerate(zip(names, layouts, strict=True)):
+        mask = layout.mask
         for head, axes in enumerate(grid[row]):
             if head >= layout.num_heads:
                 axes.remove()
                 continue
-            grouped |= _matrix(axes, layout.mask[head], layout.block_size, edge, ticks=2)
+            grouped |= _matrix(axes, mask[head], layout.block_size, edge, ticks=2)
             # Under a head that the next layer does not have, too.
             last = row == rows - 1 or head >= layouts[row + 1].num_heads
             axes.tick_params(labelbottom=last, labelleft=head == 0)
-            density = density_text(float(layout.mask[head].float().mean()))
+            density = density_text(_density(mask[head]))
             who = "all heads" if layout.num_heads == 1 else f"head {head}" if row == 0 else ""
             axes.set_title(f"{who} · {density}" if who else density, fontsize=7, color=INK, pad=2.5)
         share = "" if math.isnan(held[row]) else f"\nholds {percent(held[row])}\nof attention"
@@ -306,6 +306,10 @@ def _draw_heads(names: list[str], layouts: list[BlockLayout], held: list[float],
             linespacing=1.35,
         )
     return figure, grouped
+
+
+def _density(mask: Tensor) -> float:
+    return int(mask.count_nonzero()) / mask.numel()
 
 
 def _matrix(

@@ -67,23 +67,18 @@ def select_blocks(
         allowed = allowed.tril()
     required = _required(scores, allowed, keep_diagonal, min_blocks_per_row, keep_first, causal)
 
-    # In the order of choice: required blocks, then by score, and last what causality forbids.
     budgets = 1 if share_budget else num_layouts
-    tier = torch.where(required, 0, torch.where(allowed, 1, 2)).view(budgets, -1)
-    by_score = scores.reshape(budgets, -1).argsort(dim=1, descending=True, stable=True)
-    order = by_score.gather(1, tier.gather(1, by_score).argsort(dim=1, stable=True))
-
+    by_budget, sure = scores.reshape(budgets, -1), required.view(budgets, -1)
+    others, at_least = (allowed & ~required).view(budgets, -1), sure.sum(1, keepdim=True)
     candidates = int(allowed.sum()) * (num_layouts // budgets)
     if density is not None:
         budget = torch.full((budgets, 1), int(candidates * density), device=scores.device)
     else:
         assert coverage is not None
-        budget = _covering(_checked_mass(mass, scores).view(budgets, -1).gather(1, order), coverage)
+        masses = _checked_mass(mass, scores).view(budgets, -1)
+        budget = at_least + _covering(by_budget, masses, sure, others, coverage)
         budget = budget.clamp(int(candidates * min_density), int(candidates * max_density))
-    budget = torch.maximum(budget, required.view(budgets, -1).sum(1, keepdim=True)).clamp(max=candidates)
-
-    chosen = torch.arange(order.shape[1], device=scores.device) < budget
-    return torch.zeros_like(chosen).scatter_(1, order, chosen).view(num_layouts, rows, columns)
+    return (sure | _best(by_budget, others, budget - at_least)).view(num_layouts, rows, columns)
 
 
 def revise_blocks(
@@ -138,16 +133,16 @@ def revise_blocks(
     required = _required(scores, kept, keep_diagonal, min_blocks_per_row, keep_first, causal)
 
     budgets = 1 if share_budget else num_layouts
-    may_go = scores.masked_fill(~kept | required, torch.inf).view(budgets, -1)
-    may_come = scores.masked_fill(kept | ~allowed, -torch.inf).view(budgets, -1)
-    weakest, strongest = may_go.sort(stable=True), may_come.sort(descending=True, stable=True)
-    limit = (kept.view(budgets, -1).sum(1, keepdim=True) * share).int()
+    scores, kept, required = (x.reshape(budgets, -1) for x in (scores, kept, required))
+    may_go, may_come = kept & ~required, ~kept & allowed.expand(num_layouts, -1, -1).reshape(budgets, -1)
+    limit = (kept.sum(1, keepdim=True) * share).int()
     # Infinite scores stand for what cannot be swapped, and never make a pair.
-    better = (strongest.values > weakest.values) & (torch.arange(may_go.shape[1], device=scores.device) < limit)
-    revised = kept.reshape(budgets, -1)
-    for order, value in ((weakest.indices, False), (strongest.indices, True)):
-        there = torch.zeros_like(revised).scatter_(1, order, better)
-        revised = revised.masked_fill(there, value)
+    most = int(limit.max())
+    weakest = scores.masked_fill(~may_go, torch.inf).topk(most, largest=False).values
+    strongest = scores.masked_fill(~may_come, -torch.inf).topk(most).values
+    # The further down, the stronger the one and the weaker the other: the pairs that are swapped come first.
+    swapped = ((strongest > weakest) & (torch.arange(most, device=scores.device) < limit)).sum(1, keepdim=True)
+    revised = kept & ~_best(-scores, may_go, swapped) | _best(scores, may_come, swapped)
     return revised.view(num_layouts, rows, columns)
 
 
@@ -164,12 +159,10 @@ def add_blocks(kept: Tensor, scores: Tensor, *, causal: bool = False, share_budg
         bool ``[G, M, N]``, on the device of the scores; all blocks where there are not twice as many.
     """
     kept = kept.to(scores.device)
-    forbidden = kept if not causal else kept | ~torch.ones_like(kept).tril()
+    missing = ~kept if not causal else ~kept & torch.ones_like(kept).tril()
     budgets = 1 if share_budget else len(scores)
-    by_score = scores.masked_fill(forbidden, -torch.inf).view(budgets, -1).argsort(descending=True, stable=True)
-    wanted = torch.arange(by_score.shape[1], device=scores.device) < kept.view(budgets, -1).sum(1, keepdim=True)
-    chosen = torch.zeros_like(wanted).scatter_(1, by_score, wanted).view_as(kept)
-    return kept | (chosen & ~forbidden)
+    twice = kept.view(budgets, -1).sum(1, keepdim=True)
+    return kept | _best(scores.reshape(budgets, -1), missing.view(budgets, -1), twice).view_as(kept)
 
 
 def agreement(now: Tensor, before: Tensor, *, keep_diagonal: bool, keep_first: int = 0, causal: bool = False) -> float:
@@ -238,12 +231,28 @@ def _required(
     required[:, :, :keep_first] = True
     required &= candidates
     if min_blocks_per_row > 0:
-        # The same order of choice as for the whole layout, within each row.
-        tier = torch.where(required, 0, torch.where(candidates, 1, 2))
-        by_score = scores.argsort(dim=2, descending=True, stable=True)
-        order = by_score.gather(2, tier.gather(2, by_score).argsort(dim=2, stable=True))
-        required = required.scatter(2, order[..., :min_blocks_per_row], True)
-    return required & candidates
+        wanted = min_blocks_per_row - required.sum(2, keepdim=True)
+        required |= _best(scores, candidates & ~required, wanted)
+    return required
+
+
+def _best(scores: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """Of each row those of the largest scores: bool, as ``among``; ties go to the lower index.
+
+    Args:
+        scores: ``[..., n]``.
+        among: bool ``[..., n]``, which ones can be chosen.
+        count: ``[..., 1]``, how many are wanted; fewer are chosen where there are not as many.
+    """
+    wanted = count.clamp(0, scores.shape[-1])
+    most = int(wanted.max())
+    if most == 0:
+        return torch.zeros_like(among)
+    # Not by sorting: of millions of blocks, a few are wanted.
+    last = scores.masked_fill(~among, -torch.inf).topk(most).values.gather(-1, (wanted - 1).clamp(min=0))
+    better, equal = among & (scores > last), among & (scores == last)
+    left = wanted - better.sum(-1, keepdim=True, dtype=torch.int32)
+    return better | (equal & (equal.cumsum(-1, dtype=torch.int32) <= left))
 
 
 def _checked_mass(mass: Tensor | None, scores: Tensor) -> Tensor:
@@ -256,9 +265,14 @@ def _checked_mass(mass: Tensor | None, scores: Tensor) -> Tensor:
     return mass.to(scores.device, torch.float64).contiguous()
 
 
-def _covering(ordered_mass: Tensor, coverage: float) -> Tensor:
-    """Least number of leading blocks ``[G, 1]`` whose mass reaches ``coverage`` of all; 0 where there is no mass."""
-    reached = ordered_mass.cumsum(1)
+def _covering(scores: Tensor, mass: Tensor, required: Tensor, others: Tensor, coverage: float) -> Tensor:
+    """Least number ``[G, 1]`` of others, by score, that hold the coverage of all mass together with what is required.
+
+    The other arguments are ``[G, n]``.
+    """
+    held, never = (mass.masked_fill(~each, 0).sum(1, keepdim=True) for each in (required, ~(required | others)))
+    order = scores.masked_fill(~others, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    reached = held + mass.masked_fill(~others, 0).gather(1, order).cumsum(1)
     # Against the running sum's own end, so that a coverage of 1 is reached in spite of rounding.
-    target = coverage * reached[:, -1:]
-    return torch.where(target > 0, (reached < target).sum(1, keepdim=True) + 1, 0)
+    target = coverage * (reached[:, -1:] + never)
+    return torch.where(held < target, (reached < target).sum(1, keepdim=True) + 1, 0)

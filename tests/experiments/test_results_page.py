@@ -159,6 +159,42 @@ def test_scaling_names_the_densities_at_which_dense_is_faster():
     assert "SAT is slower throughout at a length of 512." in "".join(speed.scaling(content).short)
 
 
+def test_the_arena_stands_beside_what_was_published():
+    options = {"trainer.accelerator": "cpu"}
+    runs = [run("listops", "sat", seed, value, options=options) for seed, value in enumerate((0.5, 0.6))]
+    runs += [run("listops", "dense", 0, 0.7, "dense", options=options)]
+    shown = accuracy.arena({"runs": runs})
+    assert "| sat | 0.550 ± 0.071 (2) |" in shown.text[1]
+    assert "| published: Longformer | 0.356 |" in shown.text[1]
+    assert "cannot be compared" in shown.text[2]
+
+
+def longer(length, ours, dense):
+    ways = {"sat": ours, "fused dense": dense}
+    return {"length": length, **{way: {"ms": ms, "peak_mib": mib} for way, (ms, mib) in ways.items()}}
+
+
+def test_length_names_the_powers_and_where_dense_is_ahead():
+    cases = [longer(4096, (10.0, 4.0), (5.0, 2.0)), longer(8192, (20.0, 10.0), (20.0, 4.0))]
+    cases.append(longer(16384, (40.0, 25.0), (80.0, 8.0)))
+    layout = {"structure": "window", "length": 65536, "block_size": 64, "heads": 8, "kept_blocks": 9}
+    layout |= {"build_s": 0.25, "index_s": 0.5, "mib": 1.5, "mask_mib": 8}
+    steps = {"median_step_ms": {"dense": 3000.0, "sparse": 1000.0}, "peak_memory_mib": {"process": 4000}}
+    content = {"attention": cases, "shape": {"heads": 2}, "per_row": 8, "layouts": [layout]}
+    shown = speed.length({**content, "training": [{"name": "SAT", "density": 0.05, **steps}]})
+    assert "| 4096 | 10.0 | 4.00 | 5.00 | 2.00 |" in shown.text[0]
+    # 16 times the time and 4 times the memory for 4 times the length; ours 4 and 6.25 times.
+    assert "| fused dense | 2.00 | 2.00 | 1.00 | 1.00 |" in shown.text[2]
+    assert "| sat | 1.00 | 1.00 | 1.32 | 1.32 |" in shown.text[2]
+    assert "takes 0.750 s of the processor at most" in shown.text[3]
+    assert "| SAT | 0.0500 | 3000 | 1000 | 4000 |" in shown.text[5]
+    assert shown.short == [
+        "Memory of SAT grows faster than the length: to the power of 1.32 from 4096.",
+        "Fused dense attention is faster at a length of 4096.",
+        "SAT takes up to 3.12 times the memory of fused dense attention.",
+    ]
+
+
 def test_gpu_suite_is_shown_by_its_own_table():
     times = {name: {"ms": {"median": 1.0}, "wall_ms": {"median": 2.0}, "peak_mib": 3.0} for name in ("sparse", "dense")}
     cases = [{"case": f"L {i}", "status": "ok", "times": times, "sparse_faster": x} for i, x in enumerate((0.5, 2.0))]

@@ -74,10 +74,11 @@ class Layout(Kind):
 
     def read(self, path: Path) -> None:
         layout = BlockLayout.load(path)
-        if layout.mask.numel() > 10_000:
+        if layout.num_heads * layout.shape[0] * layout.shape[1] > 10_000:
             return
         assert layout.nnz == len(layout.col_indices) == len(layout.row_indices) == int(layout.crow_indices[-1, -1])
         assert layout.nnz == int(layout.ccol_indices[-1, -1])
+        assert layout.nnz == int(layout.mask.sum())
         repr(layout)
 
 

@@ -93,10 +93,9 @@ def test_equals_dense_attention_in_float64(case, backend, pruned, shared, fused)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_pytorchs_own_attention(backend):
     query, key, value = tensors((2, 3, 50, 50, 16))
-    layout = oracle.random_layout(3, 4, 4, 16, empty_row=False)
+    layout = BlockLayout(oracle.random_layout(3, 4, 4, 16, empty_row=False).mask | torch.eye(4, dtype=torch.bool), 16)
     mask = oracle.element_mask(layout, 50, 50) & torch.ones(50, 50, dtype=torch.bool).tril()
     mask[:, range(50), range(50)] = True  # SDPA gives NaN or 0 for empty rows, by version: keep them out of this test
-    layout.mask[:, range(4), range(4)] = True
     ours = ops.block_sparse_attention(query, key, value, layout, is_causal=True, backend=backend)
     expected_mask = oracle.element_mask(layout, 50, 50) & torch.ones(50, 50, dtype=torch.bool).tril()
     with sdpa_kernel(SDPBackend.MATH):
@@ -145,8 +144,9 @@ def test_gradcheck(pruned, fused):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_blocks_give_zeros(backend, pruned):
     inputs = tensors((2, 2, 40, 40, 8), torch.float32)
-    layout = BlockLayout(torch.zeros(2, 3, 3, dtype=torch.bool), 16)
-    layout.mask[0, 1, 2] = True
+    blocks = torch.zeros(2, 3, 3, dtype=torch.bool)
+    blocks[0, 1, 2] = True
+    layout = BlockLayout(blocks, 16)
     out = ops.block_sparse_attention(*inputs, layout, backend=backend, pruned=pruned)
     assert torch.equal(out[:, 1], torch.zeros_like(out[:, 1]))
     assert torch.equal(out[:, 0, :16], torch.zeros(2, 16, 8))

@@ -207,7 +207,7 @@ def kept_with(layout: BlockLayout, key: object, make: Callable[[], Any]) -> Any:
     In a compiled or captured graph it is made anew each time: the graph must see a mask that changes, and must not
     point into memory that a layout may give back.
     """
-    if torch.compiler.is_compiling() or (layout.mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or (layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return make()
     if key in layout.derived:
         return layout.derived[key]

@@ -166,8 +166,9 @@ def test_cut_lists_in_half_precision_and_of_several_pieces():
 
 
 def test_rows_without_blocks_give_zeros():
-    layout = BlockLayout(torch.zeros(2, 3, 3, dtype=torch.bool), 16)
-    layout.mask[0, 1, 2] = True
+    blocks = torch.zeros(2, 3, 3, dtype=torch.bool)
+    blocks[0, 1, 2] = True
+    layout = BlockLayout(blocks, 16)
     for pruned in ("drop", "zero"):
         inputs = [x.to(DEVICE).requires_grad_() for x in tensors((2, 2, 40, 40, 8))]
         out = attend(*inputs, layout.to(DEVICE), pruned=pruned)

@@ -1,0 +1,146 @@
+# The Arena: its settings, runs beside each other, going on, and the table beside the published figures.
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from experiments import accuracy, accuracy_settings, arena
+from sat import train
+from sat.runs import shipped_configs
+
+SHORT = ["--seeds", "0", "1"]
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path) -> list[list[str]]:
+    """The commands that were executed, each of which leaves a summary; the data are not read."""
+    commands: list[list[str]] = []
+
+    def execute(command, log, environment):
+        assert environment == {"OMP_NUM_THREADS": "1"}
+        commands.append(command)
+        folder = Path(command[command.index("--output_dir") + 1]) / "run" / "now"
+        folder.mkdir(parents=True)
+        attention = command[command.index("--model.attention") + 1]
+        summary = {
+            "attention": attention,
+            "density": 0.1 if attention == "adaptive" else None,
+            "test_accuracy": {"final": {"dense": 0.5, "structure": 0.25, "adaptive": 0.75}[attention]},
+            "median_step_ms": {attention: 2.0},
+            "peak_memory_mib": {"process": 100},
+            "training_seconds": 3.0,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    monkeypatch.setattr(accuracy, "execute", execute)
+    monkeypatch.setattr(accuracy, "prepare", lambda task, options, folder: accuracy.Data(None, {"train": 1}, 256))
+    monkeypatch.chdir(tmp_path)
+    return commands
+
+
+def measure(*arguments: str) -> list[dict]:
+    arena.main([*arguments, "--out", "out"])
+    return json.loads(Path("out/arena_small.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
+@pytest.mark.parametrize("task", accuracy_settings.ARENA)
+@pytest.mark.parametrize("method", arena.DEFAULT_METHODS)
+def test_the_training_takes_every_setting(scale, task, method):
+    known = accuracy_settings.ARENA[task]
+    own = accuracy_settings.overrides(scale, task, method, known.small_steps if scale == "small" else None, {})
+    run = accuracy.Run(task, method, 0, own, {}, None, None)
+    args, _ = train.parse(run.command(Path("nowhere"))[3:])
+    assert args.model.attention == {"sat": "adaptive", "window": "structure"}.get(method, "dense")
+    config = accuracy_settings.flat(accuracy_settings.read_config(shipped_configs() / known.config))
+    changed = {name for name, value in own.items() if name in config and config[name] != value}
+    if scale == "paper":
+        # As the config stands, but for the method.
+        assert not [name for name in changed if not name.startswith(("model.attention", "model.pruned", "sparsity."))]
+        assert method == "sat" or not [name for name in changed if name.startswith("sparsity.")]
+    else:
+        assert own["trainer.max_steps"] == known.small_steps
+
+
+@pytest.mark.parametrize("task", accuracy_settings.ARENA_TASKS["small"])
+def test_the_window_is_as_dense_as_the_task_says(task):
+    own = accuracy_settings.overrides("small", task, "window", 1000, {})
+    length = 512 if task == "text" else 256
+    found = accuracy_settings.density(accuracy_settings.settings(task, own, {}), length)
+    assert found == pytest.approx(0.1, rel=0.1)
+
+
+def test_runs_beside_each_other_are_all_kept_and_not_done_again(started, monkeypatch, capsys):
+    together = threading.Barrier(2, timeout=60)  # passed only by two at a time
+    execute = accuracy.execute
+
+    def waits(*arguments):
+        together.wait()
+        return execute(*arguments)
+
+    monkeypatch.setattr(accuracy, "execute", waits)
+    runs = measure(*SHORT, "--tasks", "listops", "pathfinder", "--jobs", "2")
+    assert len(runs) == len(started) == 12
+    assert {(r["task"], r["method"], r["seed"]) for r in runs} == {
+        (task, method, seed)
+        for task in ("listops", "pathfinder")
+        for method in arena.DEFAULT_METHODS
+        for seed in (0, 1)
+    }
+    printed = capsys.readouterr().out
+    assert "12 runs, 0 of them done before" in printed
+    assert "published: BigBird" in printed
+    assert len(measure(*SHORT, "--tasks", "listops", "pathfinder", "--jobs", "2")) == len(started) == 12
+
+
+def test_a_failed_run_beside_others_does_not_stop_them(started, monkeypatch, capsys):
+    execute = accuracy.execute
+
+    def fails(command, log, environment):
+        if "dense" in command:
+            log.write_text("out of memory\n")
+            return 1
+        return execute(command, log, environment)
+
+    monkeypatch.setattr(accuracy, "execute", fails)
+    with pytest.raises(SystemExit, match=r"experiments\.arena: 2 of the runs failed; the same command tries them"):
+        measure(*SHORT, "--tasks", "listops", "--jobs", "2")
+    assert "listops, dense, seed 0 failed: out of memory" in " ".join(capsys.readouterr().out.split())
+    assert len(started) == 4
+
+
+def test_no_run_begins_after_the_minutes(started, capsys):
+    with pytest.raises(SystemExit, match="nothing has been measured yet"):
+        measure(*SHORT, "--minutes", "0", "--jobs", "2")
+    assert started == []
+    assert "0 minutes are over; the same command trains the 18 that are left" in capsys.readouterr().out
+
+
+def test_rows_have_ours_above_those_published(started):
+    header, rows = arena.rows(measure(*SHORT, "--tasks", "pathfinder", "listops", "--methods", "dense", "sat"))
+    assert header == ["", "listops", "pathfinder"]
+    assert rows[:2] == [
+        ["dense", "0.500 ± 0.000 (2)", "0.500 ± 0.000 (2)"],
+        ["sat", "0.750 ± 0.000 (2)", "0.750 ± 0.000 (2)"],
+    ]
+    assert ["published: Transformer", "0.364", "0.714"] in rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jobs", "0"], "--jobs is 0, expected at least 1"),
+        (["--tasks", "digits"], "invalid choice: 'digits'"),
+    ],
+)
+def test_bad_options_are_refused_with_a_sentence(capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        arena.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_data_that_are_not_there(tmp_path):
+    with pytest.raises(SystemExit, match=r"experiments\.arena: no data for the task text: there is no folder .*imdb"):
+        arena.main(["--tasks", "text", "--data", str(tmp_path), "--out", str(tmp_path)])
