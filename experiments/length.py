@@ -1,6 +1,6 @@
 """What longer sequences cost: attention with as many kept blocks a row at every length, layouts, and training.
 
-    python -m experiments.length                     (about 10 minutes on 2 cores)
+    python -m experiments.length
     python -m experiments.length --lengths 1024 2048 4096 --parts attention
 
 attention: forward and backward of one sequence, 1,024 to 32,768 tokens, SAT with 8 blocks of 64 in a row beside
