@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train.main([*COMMAND, "--output_dir", "sparse"])
         train.main([*COMMAND, "--output_dir", "dense", "--model.attention", "dense", "--seed", "1"])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes have that are compared with, bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def last(folder: Path) -> dict:
