@@ -165,8 +165,8 @@ def training(name: str, threads: int) -> dict[str, Any]:
     return {"name": name, **{key: summary[key] for key in kept}}
 
 
-def earlier(path: Path, head: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What an earlier run under the same circumstances has measured, if it was cut off."""
+def earlier(path: Path, head: dict[str, Any], parts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What an earlier run under the same circumstances has measured; of ``parts`` only if it was cut off."""
     nothing: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     try:
         content = json.loads(path.read_text())
@@ -174,7 +174,9 @@ def earlier(path: Path, head: dict[str, Any]) -> dict[str, list[dict[str, Any]]]
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or nothing to go on with
         return nothing
     same = all(content.get(name) == value for name, value in head.items() if name != "date")
-    return found if same and not content.get("complete") else nothing
+    if not same:
+        return nothing
+    return {part: [] if content.get("complete") and part in parts else rows for part, rows in found.items()}
 
 
 def exponents(cases: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -216,7 +218,7 @@ def main() -> None:
     settings = {"shape": shown, "per_row": PER_ROW, "rounds": args.rounds}
     environment = record.environment("cpu")
     path = args.out / "length_cpu.json"
-    found = earlier(path, {**environment, **settings})
+    found = earlier(path, {**environment, **settings}, args.parts)
     work: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = []
     for length in args.lengths:
         work.append(("attention", {"length": length}, partial(attention, length, args.rounds, args.threads)))

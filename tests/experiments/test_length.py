@@ -91,6 +91,14 @@ def test_a_run_that_was_cut_off_goes_on(monkeypatch, tmp_path, capsys):
     assert "1/2: attention, length 64: was measured before" in capsys.readouterr().out
     run(monkeypatch, tmp_path, "--lengths", "64", "192")  # all is there: measured anew
     assert measured[3:] == [64, 192]
+    # What was not asked for stays.
+    monkeypatch.setattr(length, "TRAINING", ["one"])
+    monkeypatch.setattr(
+        length, "training", lambda name, threads: {"name": name, "median_step_ms": {}, "peak_memory_mib": {}}
+    )
+    found = run(monkeypatch, tmp_path, "--parts", "training")
+    assert [row["name"] for row in found["training"]] == ["one"]
+    assert [case["length"] for case in found["attention"]] == [64, 192]
 
 
 def test_attention_is_measured_in_processes_of_their_own(monkeypatch):
