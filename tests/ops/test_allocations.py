@@ -23,7 +23,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def allocated(call: Callable[[], object]) -> tuple[int, int]:
     """Bytes of the largest allocation, and the most that were held at a time; by PyTorch's allocator on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watched:
         call()
     results = watched.profiler.kineto_results  # type: ignore[union-attr]
     changes = torch.tensor([event.nbytes() for event in results.events() if event.name() == "[memory]"])
