@@ -2,7 +2,7 @@
 
 python -m experiments.estimates --data DATA                (about 12 minutes on 2 cores; writes results/estimates.json)
 
-DATA is the folder of CIFAR-10's files, without which that task is left out; of the others nothing is read.
+DATA holds a folder cifar10, without which that task is left out; of the others nothing is read.
 """
 
 from __future__ import annotations
@@ -81,16 +81,16 @@ def compared(estimated: dict[str, Any], trained: dict[str, Any]) -> dict[str, di
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of CIFAR-10's parquet files, for lra_image")
+    parser.add_argument("--data", type=Path, help="folder with cifar10/ in it, for lra_image")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which ones; all by default")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of estimates.json")
     args = parser.parse_args(argv)
-    if args.data is not None and not args.data.is_dir():
-        parser.error(f"--data {args.data} is no folder; give that of CIFAR-10's files")
+    if args.data is not None and not (args.data / "cifar10").is_dir():
+        parser.error(f"--data {args.data} holds no folder cifar10; give the folder that does, or leave --data out")
     console = Console()
     tasks = {}
     for name in args.tasks:
-        own = [] if name != "lra_image" else None if args.data is None else ["--data.path", str(args.data)]
+        own = [] if name != "lra_image" else None if args.data is None else ["--data.path", str(args.data / "cifar10")]
         if own is None:
             console.print(f"{name} is left out: it needs --data")
             continue
@@ -101,10 +101,9 @@ def main(argv: list[str] | None = None) -> None:
             trained = command([*TASKS[name], *own], Path(folder))
         tasks[name] = {"options": " ".join(TASKS[name]), "figures": compared(estimated, trained)}
         console.print(tasks[name]["figures"])
-    path = record.save(
-        "estimates", "python -m experiments.estimates --data DATA", {"tasks": tasks}, args.out, device="cpu"
-    )
-    console.print(f"written to {path}")
+        made_by = "python -m experiments.estimates --data DATA"
+        path = record.save("estimates", made_by, {"tasks": tasks}, args.out, device="cpu")
+        console.print(f"written to {path}")
 
 
 if __name__ == "__main__":
