@@ -24,7 +24,7 @@ from sat.attention import AdaptiveAttention
 from sat.baselines import StructureAttention
 from sat.callback import AdaptiveSparsity
 from sat.data import SequenceDataModule
-from sat.files import disk_errors, reason, written_whole
+from sat.files import disk_errors, reason, shortened, written_whole
 from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
@@ -33,8 +33,8 @@ from sat.plots import plot_carried, plot_layouts, plot_statistics
 
 CONFIG_FOLDER = "configs"
 SECTIONS = ("data", "model", "optimizer", "sparsity", "trainer")
-# Those that are shipped have less than 2,000 bytes and 3 levels.
-LONGEST_CONFIG, DEEPEST_CONFIG = 2**16, 10
+# Those that are shipped have less than 2,000 bytes and 3 levels, and values of less than 100 characters.
+LONGEST_CONFIG, DEEPEST_CONFIG, LONGEST_VALUE = 2**16, 10, 1000
 
 
 # Command line
@@ -125,7 +125,12 @@ def _check_yaml(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"it has the alias *{event.anchor}; write out what that stands for")
+            raise ValueError(f"it has the alias *{shortened(event.anchor)}; write out what that stands for")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_VALUE:
+            start = shortened(event.value, 20)
+            raise ValueError(
+                f"it has a value of {len(event.value):,} characters, {start}, at most are {LONGEST_VALUE:,}"
+            )
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST_CONFIG:
             raise ValueError(f"it is nested more than {DEEPEST_CONFIG} levels deep")

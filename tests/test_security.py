@@ -103,6 +103,7 @@ class TestConfigs:
             ("data: {name: digits}\nseed: !!python/module:canary_module ''", "could not determine a constructor"),
             ("data: &a {name: digits}\nmodel: *a", r"it has the alias \*a; write out what that stands for"),
             ("data: {name: digits}\nmodel: {attention_options: '{a: &a [1], b: [*a, *a]}'}", r"alias \*a"),
+            (f"data: {{name: '{'9' * 5000}'}}", r"a value of 5,000 characters, 9{20}\.\.\., at most are 1,000$"),
             ("[" * 10_000, "nested more than 10 levels deep"),
             ("data: {name: digits}\nseed: " + "9" * 5000, "config that can be read"),
             ("data: {name: digits}\n# " + "x" * 70_000, "bytes, a config at most 65,536"),
