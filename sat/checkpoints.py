@@ -195,6 +195,7 @@ def check_checkpoint(path: Path, module: LightningModule, model: SequenceClassif
             f"{path} was trained with model.pruned={reprlib.repr(pruned)}, this run has another; go on with what it "
             f"was started with"
         )
+    _check_heads(path, was, model)
     _check_weights(path, module.state_dict(), checkpoint["state_dict"], "--ckpt_path")
 
 
@@ -258,6 +259,7 @@ def load_weights(path: Path, module: LightningModule, *, pictures: bool = False)
         grids = _grids(path, len(there), len(here), pictures)
         theirs[POSITIONS] = there if len(there) == len(here) else interpolate_positions(there, *grids)
     _check_weights(path, ours, theirs, "--init_from")
+    _check_heads(path, checkpoint.get("attention"), module.model)
     try:
         learned = _learned(checkpoint)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:  # of a file that somebody changed
@@ -289,6 +291,15 @@ def _learned(checkpoint: dict[str, Any]) -> Learned:
     if not isinstance(length, int) or not all(layout.fits(length, length) for layout in layouts):
         raise ValueError(f"its layouts are not those of {reprlib.repr(length)} tokens")
     return Learned(layouts, length)
+
+
+def _check_heads(path: Path, attention: Any, model: object) -> None:
+    """Weights have the same shapes whatever the number of heads; those of a pretrained model are its config's."""
+    there, here = attention.get("num_heads") if isinstance(attention, dict) else None, getattr(model, "num_heads", None)
+    if None not in (there, here) and there != here:
+        raise ValueError(
+            f"{path} was trained with model.num_heads={reprlib.repr(there)}, this run has {here}; give the same number"
+        )
 
 
 def _check_weights(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], option: str) -> None:

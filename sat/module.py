@@ -200,6 +200,7 @@ class ClassificationModule(LightningModule):
                 "options": self.model.attention_options,
                 "fixed_layouts": fingerprint(self.model),
                 "pruned": getattr(self.model, "pruned", "drop"),
+                "num_heads": getattr(self.model, "num_heads", None),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

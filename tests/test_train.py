@@ -256,6 +256,7 @@ def test_a_run_goes_on_only_as_it_began(tiny, monkeypatch, capsys, attention):
     assert f"was trained with model.attention={attention}" in refused(capsys, *resume, other)
     longer = refused(capsys, *resume, attention, "--trainer.max_steps", 30)
     assert "learning-rate cycle has 20 steps, this run 30" in longer
+    assert "with model.num_heads=2, this run has 1" in refused(capsys, *resume, attention, "--model.num_heads", 1)
     if attention == "adaptive":
         assert "per_head" in refused(capsys, *resume, attention, "--sparsity.per_head", "true")
         assert "with model.pruned='drop'" in refused(capsys, *resume, attention, "--model.pruned", "zero")

@@ -216,6 +216,7 @@ class SequenceClassifier(nn.Module):
                 f"model.attention_options has {', '.join(attention_options)}, but {attention} attention has no options"
             )
         self.attention, self.attention_options, self.pruned = attention, dict(attention_options or {}), pruned
+        self.num_heads = num_heads
         self.encoder = Encoder(
             vocab_size,
             seq_len,
