@@ -47,9 +47,9 @@ DEFAULT_TASKS = {
 # The Long Range Arena, of experiments.arena. Small: sizes at which a dense Transformer learns in minutes of one core.
 ARENA = {
     "listops": Task(
-        "lra_listops.yaml", None, {"data.seq_len": 256, "data.min_length": 100, "data.max_length": 250}, None, 4000
+        "lra_listops.yaml", None, {"data.seq_len": 256, "data.min_length": 100, "data.max_length": 250}, None, 2000
     ),
-    "text": Task("lra_text.yaml", "imdb", {"data.seq_len": 512, "data.eval_samples": 5000}, None, 2000),
+    "text": Task("lra_text.yaml", "imdb", {"data.seq_len": 512, "data.eval_samples": 5000}, None),
     "retrieval": Task("lra_retrieval.yaml", "lra_retrieval", {"data.seq_len": 512}, None),
     "image": Task("lra_image.yaml", "cifar10", {"data.image_size": 16}, None),
     "pathfinder": Task("lra_pathfinder.yaml", None, {"data.image_size": 16, "data.num_samples": 40_000}, None, 4000),

@@ -23,9 +23,9 @@ from sat.files import shortened
 TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 MIN, MAX, MED, SM, END = range(10, 15)
 
-# The reference: an operator has fewer than 10 arguments, each of which is an operation with this probability, and the
-# arguments of operations at the ninth level are digits.
-MOST_ARGUMENTS = 9
+# The reference: an operator has up to 10 arguments (its randint includes both ends), each of which is an operation with
+# this probability, and the arguments of operations at the ninth level are digits.
+MOST_ARGUMENTS = 10
 NESTED = 0.25
 DEEPEST = 9
 
@@ -102,7 +102,7 @@ class ListOps(TextDataModule):
             PermissionError: the cache cannot be written.
         """
         if self.path is None:
-            drawn = [self.min_length, self.max_length, self.num_samples, self.draw_seed]
+            drawn = [MOST_ARGUMENTS, self.min_length, self.max_length, self.num_samples, self.draw_seed]
             return cached(self.cache_dir, self.dataset_name, ["drawn", *drawn], self._draw, self.check_prepared)
         folder = sources.existing_path(self.path, self.dataset_name)
         files = {split: folder / name for split, name in FILES.items()}

@@ -84,10 +84,10 @@ def test_drawn_expressions_have_their_values_and_keep_to_the_rules(tmp_path: Pat
         labels += values
     assert len(set(everything)) == 500
     assert max(depths) <= 9
-    assert max(most) <= 9
+    assert max(most) <= 10
     if lengths[0] == 500:
         assert max(depths) == 9
-        assert max(most) == 9
+        assert max(most) == 10
     assert set(labels) == set(range(10))
 
 
@@ -99,7 +99,7 @@ def test_digits_operators_and_arguments_come_as_often_as_the_reference_has_them(
     assert max(operators) < 1.05 * min(operators)
     digits = [flat.count(str(digit)) for digit in range(10)]
     assert max(digits) < 1.05 * min(digits)
-    # Of the first operation: 2 to 9 arguments alike, a quarter of them operations.
+    # Of the first operation: 2 to 10 arguments alike, a quarter of them operations.
     counts: list[int] = []
     nested = 0
     for row in words:
@@ -110,8 +110,8 @@ def test_digits_operators_and_arguments_come_as_often_as_the_reference_has_them(
                 nested += not word.isdigit()
             depth += (word in ("MIN", "MAX", "MED", "SM")) - (word == "END")
         counts.append(count)
-    shares = np.bincount(counts, minlength=10)[2:] / 4000
-    assert abs(shares - 1 / 8).max() < 0.02
+    shares = np.bincount(counts, minlength=11)[2:] / 4000
+    assert abs(shares - 1 / 9).max() < 0.02
     assert abs(nested / sum(counts) - 0.25) < 0.01
 
 
