@@ -273,7 +273,7 @@ def measure(
         sparsity: of the run, if it learns layouts.
         attention: the model's.
         saves_every: optimizer steps between checkpoints.
-        setup_seconds: that the run took until here.
+        setup_seconds: that a run takes until its first step, of data that were prepared before.
         note: called with what is measured next.
 
     Raises:
@@ -371,11 +371,12 @@ def _fitting(
             ways.append(f"--data.batch_size {size // 2} with --trainer.accumulate_grad_batches {accumulated}")
         elif size > 1:
             ways.append(f"--data.eval_batch_size {size // 2}")
-        if module.device.type == "cuda" and trainer.precision == "32-true":
+        device = trainer.strategy.root_device  # Lightning has moved the module to the CPU by now
+        if device.type == "cuda" and trainer.precision == "32-true":
             ways.append("--trainer.precision bf16-mixed")
         help_text = f"; what needs less: {', or '.join(ways)}" if ways else "; a smaller model needs less"
         raise DoesNotFit(
-            f"{what()} does not fit into the memory of {device_name(module.device)} with batches of {size}{help_text}"
+            f"{what()} does not fit into the memory of {device_name(device)} with batches of {size}{help_text}"
         ) from error
 
 

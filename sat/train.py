@@ -294,9 +294,9 @@ class Run:
         lengths, size, pictures = (learned.length, attention.seq_len), attention.block_size, self.data.pixel_tokens
         try:
             here = [scale_layout(each, *lengths, block_size=size, pictures=pictures) for each in learned.layouts]
+            self.sparsity.begin_with(here, f"the layouts of {self.weights}")
         except ValueError as error:
             raise ValueError(f"the layouts of {self.weights}: {error}; or give --init_layouts false") from error
-        self.sparsity.begin_with(here, f"the layouts of {self.weights}")
         return list(zip(learned.layouts, here, strict=True))
 
     def _spion(self, trainer: Namespace, interval: int) -> dict[str, Any]:
@@ -402,7 +402,15 @@ class Run:
             raise ValueError(
                 f"--estimate measures one process, and this run has {self.trainer.world_size}; give --trainer.devices 1"
             )
+        if self._trainer_options["max_time"] is not None:
+            raise ValueError(
+                f"--estimate tells how long the steps of a run take, and trainer.max_time="
+                f"{self._trainer_options['max_time']} may end it before; leave max_time away"
+            )
         self.console.print(f"{self.name}: reading the data, which stays prepared for the run", highlight=False)
+        begun = time.perf_counter()
+        self.data.prepare_data()
+        preparing = time.perf_counter() - begun  # which the run, after this one, has not to do again
         self._read_data()
         found = estimate.measure(
             partial(self._make_trainer, logger=False, enable_checkpointing=False),
@@ -412,7 +420,7 @@ class Run:
             self.sparsity,
             self.model.attention,
             saves_every=self.save_last.every_n_steps,
-            setup_seconds=time.perf_counter() - self.began,
+            setup_seconds=time.perf_counter() - self.began - preparing,
             note=lambda what: self.console.print(f"measuring: {what}", highlight=False),
         )
         estimate.show(self.console, self.name, found, self.data, self.trainer.strategy.root_device)

@@ -117,6 +117,21 @@ def test_revisions_accumulation_and_an_endless_dense_phase(tiny: Path, capsys: p
 
 
 @pytest.mark.usefixtures("made_up_time")
+def test_data_that_are_prepared_for_the_first_time_do_not_count(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, times = train.DATASETS["digits"].prepare_data, iter([1000.0])
+
+    def slow(self: object) -> None:
+        prepare(self)
+        clock = train.time.perf_counter
+        offset = next(times, 0.0)
+        monkeypatch.setattr(train.time, "perf_counter", lambda: clock() + offset)
+
+    monkeypatch.setattr(train.DATASETS["digits"], "prepare_data", slow)
+    found = run("--config", tiny, "--estimate", "true", "--model.attention", "dense")
+    assert 0 < found["setup_seconds"] < 900
+
+
+@pytest.mark.usefixtures("made_up_time")
 def test_an_attention_of_one_phase(tiny: Path) -> None:
     found = run("--config", tiny, "--estimate", "true", "--model.attention", "dense")
     assert set(found["kinds"]) == {"dense", "validation, dense"}
@@ -197,6 +212,8 @@ def test_bad_input(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "leave --ckpt_path last out" in refused(capsys, *estimated, "--ckpt_path", "last", status=2)
     message = refused(capsys, *estimated, "--trainer.devices", 2, status=2)
     assert "this run has 2; give --trainer.devices 1" in message
+    message = refused(capsys, *estimated, "--trainer.max_time", "00:00:10:00", status=2)
+    assert "trainer.max_time=00:00:10:00 may end it before; leave max_time away" in message
     assert not Path("runs").exists()
 
 

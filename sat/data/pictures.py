@@ -302,6 +302,8 @@ def decode_pixels(
             # A JPEG far larger than needed is decoded at a fraction of its size, which is several times faster.
             if resize and min(image.size) >= 8 * size:
                 image.draft(mode, (4 * size, 4 * size))
+            if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off what is above 255
+                raise ValueError(f"its mode {image.mode} has more than 8 bits a colour")
             picture = image.convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be decoded ({error}); replace it or leave it out") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jsonargparse import ArgumentParser
+from PIL import Image
 
 from sat.data import CIFAR10, DATASETS, AGNews, Digits, INaturalist, SequenceDataModule, YelpPolarity
 from sat.data.sources import from_folder_or_hub
@@ -115,6 +117,14 @@ def test_a_file_that_is_cut_short(text_folder: Callable[..., Path]):
 def test_a_picture_that_cannot_be_decoded(picture_folder: Callable[..., Path], broken: bytes | None, message: str):
     folder = picture_folder(train=[(GRAY, 0), (broken, 1)])
     with pytest.raises(ValueError, match=message):
+        CIFAR10(path=str(folder), cache_dir=str(folder / "cache")).prepare_data()
+
+
+def test_a_picture_of_16_bits_is_not_cut_off(picture_folder: Callable[..., Path]):
+    file = io.BytesIO()
+    Image.fromarray(np.full((32, 32), 30_000, np.uint16)).save(file, "PNG")
+    folder = picture_folder(train=[(GRAY, 0), (file.getvalue(), 1)])
+    with pytest.raises(ValueError, match=r"row 1 of .* cannot be decoded \(its mode I;16 has more than 8 bits"):
         CIFAR10(path=str(folder), cache_dir=str(folder / "cache")).prepare_data()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,33 @@ def test_every_paddle_can_be_seen_as_one_piece():
         count = int(np.isfinite(paddles[:, 0]).sum())
         assert count >= 28 + 4 * 4
         assert count - 4 <= pieces <= count + 2  # discs hide a paddle each, or join it to the next
+
+
+def test_the_border_stays_empty(drawn: tuple[Settings, Drawn]):
+    settings, some = drawn
+    border = settings.padding - 1  # whose pixels lines and discs at the edge of the inside may touch
+    assert settings.padding == (22 if settings.size == 256 else 1)
+    radius = math.ceil(settings.marker_radius)  # discs lie around the ends of paddles
+    inside = np.s_[:, border - radius : radius - border, border - radius : radius - border]
+    outside = some.pictures.copy()
+    if border > radius:
+        outside[inside] = 0
+        assert not outside.any()
+    tips = ends(some.paddles, settings.paddle_length)
+    assert np.nanmin(tips) >= settings.padding
+    assert np.nanmax(tips) <= settings.size - settings.padding
+
+
+def test_at_32_pixels_what_distracts_is_brighter():
+    settings = settings_of(32)
+    some = draw_some(settings, 64, np.random.default_rng(0))
+    brightness: list[list[int]] = [[], []]
+    for picture, paddles, discs in zip(some.pictures, some.paddles, some.discs, strict=True):
+        for number, (y, x) in enumerate(ends(paddles, settings.paddle_length / 2)[:, 1]):  # their middles
+            far = np.linalg.norm(discs - (y, x), axis=1).min() > settings.marker_radius + 1
+            if far and not np.isnan(y):
+                brightness[number >= 2 * settings.contour_length].append(picture[int(y), int(x)])
+    assert np.mean(brightness[1]) / np.mean(brightness[0]) == pytest.approx(4 / 3, rel=0.1)
 
 
 def test_other_contours_can_be_asked_for():
@@ -274,6 +302,7 @@ def test_the_command_draws_what_the_data_module_reads(tmp_path: Path, capsys: py
         (["--size", "20", "--count", "5"], "Pathfinder is drawn at 16, 32, 64, 128, 256 pixels, not at 20"),
         (["--size", "32", "--count", "0"], "count must be at least 1"),
         (["--size", "32", "--count", "5", "--contour_length", "90"], "do not fit in 32 x 32 pixels"),
+        (["--size", "16", "--count", "4", "--contour_length", "10", "--num_distractors", "0"], "none has succeeded"),
     ],
 )
 def test_the_command_refuses_with_a_sentence(

@@ -35,13 +35,13 @@ def main(argv: list[str] | None = None) -> int:
             )
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise ValueError(f"{args.out} is no empty folder; choose another --out")
-        (args.out / "metadata").mkdir(parents=True)
         with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
             bar = progress.add_task("drawing Pathfinder", total=args.count)
 
             def take(start: int, part: Drawn) -> None:
                 folder = args.out / "imgs" / str(start)
-                folder.mkdir(parents=True)
+                for each in (folder, args.out / "metadata"):
+                    each.mkdir(parents=True, exist_ok=True)
                 lines = []
                 for number, (picture, label) in enumerate(zip(part.pictures, part.labels, strict=True)):
                     Image.fromarray(picture).save(folder / f"sample_{number}.png")

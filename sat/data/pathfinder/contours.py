@@ -18,7 +18,6 @@ import numpy as np
 RETRIES = 2  # of a paddle that would come too near to another
 DISTRACTOR_ATTEMPTS = 10  # of one contour that distracts; then the picture goes without it, as in the reference
 HOPELESS_AFTER = 2000  # attempts at pictures without one that fits
-PADDING = 1  # pixels at the border that stay empty
 SCALE = 2  # pictures are drawn at this multiple of their size: antialiasing
 TURNS = 31  # directions in which a contour may go on
 PIXELS_AT_ONCE = 2**22
@@ -39,7 +38,10 @@ class Settings:
         continuity: how straight contours are: from one paddle to the next they turn by less than 90 / continuity
             degrees.
         num_distractors: short contours, a third as long as the others; as many of them as fit.
-        contrast: brightness of the paddles; that of the discs is 1.
+        contrast: brightness of the contours; that of the discs is 1. More than 1 shows where a paddle covers part of a
+            pixel; none is brighter than 1.
+        distractor_contrast: the same of the contours that distract.
+        padding: pixels at the border that stay empty.
         contour_length: paddles of each of the two contours.
     """
 
@@ -52,6 +54,8 @@ class Settings:
     continuity: float
     num_distractors: int
     contrast: float
+    distractor_contrast: float
+    padding: int = 1
     contour_length: int = 14
 
     @property
@@ -61,11 +65,12 @@ class Settings:
 
 
 SETTINGS = {
-    16: Settings(16, (0.75,), 3, 1, 2, 0.5, 1.0, 2, 0.75, contour_length=5),  # ours, for tests and short runs
-    32: Settings(32, (1,), 7, 1.5, 2, 0.5, 1.0, 5, 0.75),
-    64: Settings(64, (1,), 12, 2.5, 5, 1, 1.8, 5, 0.8),
-    128: Settings(128, (2, 3), 20, 3, 5, 1.5, 1.8, 8, 0.9),
-    256: Settings(256, (3,), 27, 5, 5, 2, 1.8, 7, 1.0),
+    16: Settings(16, (0.75,), 3, 1, 2, 0.5, 1.0, 2, 0.75, 0.75, contour_length=5),  # ours, for tests and short runs
+    # The reference multiplies snake_contrast_list (2) by paddle_contrast_list (0.75) for contours, not for distractors.
+    32: Settings(32, (1,), 7, 1.5, 2, 0.5, 1.0, 5, 1.5, 2.0),
+    64: Settings(64, (1,), 12, 2.5, 5, 1, 1.8, 5, 0.8, 0.8),
+    128: Settings(128, (2, 3), 20, 3, 5, 1.5, 1.8, 8, 0.9, 0.9),
+    256: Settings(256, (3,), 27, 5, 5, 2, 1.8, 7, 1.0, 1.0, padding=22),
 }
 
 
@@ -90,7 +95,7 @@ def settings_of(size: int, contour_length: int | None = None, num_distractors: i
     # Each paddle keeps the others away from itself by twice the margin, so half of that is its own.
     margin = min(settings.margins)
     area = (settings.paddle_length + 2 * margin) * (settings.paddle_thickness + 2 * margin)
-    most = int((size - 2 * PADDING) ** 2 / area)
+    most = int((size - 2 * settings.padding) ** 2 / area)
     if paddles > most:
         raise ValueError(
             f"{paddles} paddles (two contours of {settings.contour_length}, {settings.num_distractors} that distract "
@@ -318,7 +323,7 @@ def _turns(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
 
 def _is_outside(settings: Settings, margin: float | np.ndarray, points: np.ndarray) -> np.ndarray:
     """Whether points ``[..., 2]`` are too near to the border for the middle line of a paddle."""
-    border = PADDING + np.asarray(margin + settings.paddle_thickness / 2, np.float32)
+    border = settings.padding + np.asarray(margin + settings.paddle_thickness / 2, np.float32)
     y, x = points[..., 0], points[..., 1]
     far = settings.size - border
     return (y < border) | (y > far) | (x < border) | (x > far)
@@ -360,7 +365,11 @@ def _render(settings: Settings, paddles: np.ndarray, discs: np.ndarray) -> np.nd
     fine = np.zeros((len(paddles), SCALE * settings.size, SCALE * settings.size), np.float32)
     # Half a pixel of the fine picture at least, or a thin paddle would fall between its pixels' centres.
     thickness = max(settings.paddle_thickness / 2, 0.5 / SCALE)
-    strokes = [(each, settings.paddle_length, thickness, settings.contrast) for each in paddles.swapaxes(0, 1)]
+    contours = 2 * settings.contour_length
+    strokes = [
+        (each, settings.paddle_length, thickness, settings.contrast if i < contours else settings.distractor_contrast)
+        for i, each in enumerate(paddles.swapaxes(0, 1))
+    ]
     for each in discs.swapaxes(0, 1):
         points = np.concatenate([each, np.zeros((len(each), 1), np.float32)], 1)
         strokes.append((points, 0, settings.marker_radius, 1))
@@ -370,7 +379,7 @@ def _render(settings: Settings, paddles: np.ndarray, discs: np.ndarray) -> np.nd
         inside = _distances(where, each[which], length, SCALE) <= reach
         fine[tuple(place[inside] for place in where)] = brightness
     means = fine.reshape(len(fine), settings.size, SCALE, settings.size, SCALE).mean((2, 4))
-    return np.rint(255 * means).astype(np.uint8)
+    return np.rint(255 * means.clip(max=1)).astype(np.uint8)
 
 
 def _near(
