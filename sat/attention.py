@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sat import ops
 from sat.layout import BlockLayout
 from sat.ops.autocast import as_autocast_does
+from sat.ops.moments import skewness
 
 
 class AdaptiveAttention(nn.Module):
@@ -245,7 +246,9 @@ class AdaptiveAttention(nn.Module):
             )
         )
         assert pooled is not None
-        self.statistics = ops.AttentionStatistics(pooled, statistics.skewness, matrix)
+        # Of the whole matrix: that is what the mean over several batches and processes has.
+        whole = statistics.skewness if matrix is None else skewness(matrix).float()
+        self.statistics = ops.AttentionStatistics(pooled, whole, matrix)
 
     def watch(
         self,

@@ -221,6 +221,8 @@ class Run:
             raise ValueError("--init_layouts true takes layouts from another run; name it with --init_from")
         if self.sparsity is not None:
             self.sparsity.find_attention(self.module)  # which refuses now what does not fit
+            if self.checkpoint is None:
+                self.sparsity.check_phases()
         self.last = self.folder / "checkpoints" / "last.ckpt"
         args.ckpt_path = None  # so that the saved config starts the run anew
         self.config = parser.dump(args, skip_unset=False)

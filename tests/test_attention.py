@@ -258,3 +258,22 @@ def test_says_its_phase():
     assert "dense" in repr(attention)
     attention.set_layout(BlockLayout(torch.eye(3, dtype=torch.bool), 16))
     assert "sparse, density 0.333" in repr(attention)
+
+
+@pytest.mark.parametrize("length", [32, 50])
+def test_the_skewness_of_short_batches_is_that_of_the_matrix_that_they_leave(length):
+    """As several batches and processes have it, whose matrices are averaged; and padding to the full length."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 2, 64, 8)
+    padding = torch.zeros(4, 64, dtype=torch.bool)
+    padding[:, :length] = True
+    short, padded = AdaptiveAttention(2, 64, 8), AdaptiveAttention(2, 64, 8)
+    for attention in (short, padded):
+        attention.observe_samples = 4
+    short.observe(query[:, :, :length], key[:, :, :length])
+    padded.observe(query, key, padding, padding)
+    matrix = short.statistics.score_matrix.double()
+    centred = matrix - matrix.mean()
+    expected = centred.pow(3).mean() / centred.square().mean() ** 1.5
+    torch.testing.assert_close(short.statistics.skewness.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(padded.statistics.skewness.double(), expected, rtol=1e-5, atol=0)

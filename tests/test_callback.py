@@ -418,6 +418,22 @@ def test_a_batch_that_skips_a_layer_is_not_observed(tmp_path):
     assert [record["step"] for record in sparsity.history] == [2, 6, 8]
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("mask", ["direct", "fisher"])
+def test_a_batch_that_is_skipped_is_not_observed_by_its_gradient(tmp_path, caplog, mask):
+    class SkipsBatches(SomebodysModel):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 3 else loss
+
+    sparsity = always(mask=mask)
+    fit(tmp_path, sparsity, SkipsBatches())
+    steps = [record["step"] for record in sparsity.history]
+    assert steps[0] == 2
+    assert steps[-1] == (8 if mask == "fisher" else 6)
+    assert ("no gradient came back to the layers [0, 1]" in caplog.text) == (mask == "fisher")
+
+
 def test_a_failed_step_restores_the_learning_rate(tmp_path):
     class Failing(SomebodysModel):
         def training_step(self, batch, batch_idx):
@@ -456,11 +472,28 @@ def test_several_blocks_a_row(tmp_path):
         ({}, "density"),
         ({"density": 0.1, "smoothing": 1.0}, "smoothing"),
         ({"density": 0.1, "mask": "random"}, "mask"),
+        ({"density": 0.1, "keep_first_tokens": -1}, "keep_first_tokens must be at least 0"),
+        ({"density": 0.1, "min_blocks_per_row": -1}, "min_blocks_per_row must be 0 to"),
     ],
 )
 def test_bad_options_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         AdaptiveSparsity(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"keep_first_tokens": 10**6},
+            f"keep_first_tokens must be 0 to {LENGTH}, the tokens of a sequence, got 1000000",
+        ),
+        ({"min_blocks_per_row": 10**6}, "min_blocks_per_row must be 0 to 4, the blocks in a row, got 1000000"),
+    ],
+)
+def test_what_a_model_has_not_is_refused_when_it_is_known(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveSparsity(density=0.1, **options).find_attention(SomebodysModel())
 
 
 def test_a_model_without_adaptive_attention_is_refused(tmp_path):

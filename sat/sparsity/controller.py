@@ -374,6 +374,7 @@ class SparsityController:
                 f"a revision needs the sensitivities of all {self.num_layers} layers, got those of "
                 f"{sorted(sensitivities)} at step {step}"
             )
+        new = any(layer.nothing_learned for layer in self._layers)
         fit_fisher(self._layers, step, sensitivities, self._shape)
         assert self.revise_interval is not None
         latest = self._revised_at
@@ -382,6 +383,8 @@ class SparsityController:
         if step - latest < self.revise_interval:
             return []
         self._revised_at = step
+        if new:  # revisions were switched on only now: a single observation is not enough
+            return []
         settings = {name: self._selection[name] for name in _REVISED_BY} | {"share": self.revise_share}
         return change_layouts(self._layers, step, partial(revise_blocks, **settings), self.share_budget)
 
@@ -528,6 +531,6 @@ class SparsityController:
                 )
         self._revised_at, self.gave_up_at = state.get("revised_at"), state.get("gave_up_at")
         for layer, saved in zip(self._layers, state["layers"], strict=True):
-            wanted = "layout" not in saved or self.keep_scores
+            wanted = self.gave_up_at is None and ("layout" not in saved or self.keep_scores)
             learner = self._learner(torch.Generator("cpu")) if wanted else None
             layer.load_state_dict(saved, self.block_size, self.criterion.agreement_lag, learner)

@@ -58,7 +58,7 @@ class Layer:
             saved: the state.
             block_size: edge of a block, in tokens.
             most_choices: so many of the latest choices are kept.
-            learner: a new one; None where none is wanted in a sparse phase.
+            learner: a new one; None where none is wanted.
         """
         self.history.load_state_dict(saved["history"])
         self.verdict = Verdict(**saved["verdict"])

@@ -41,13 +41,15 @@ class SparsityPhases:
     through ``before_batch`` and ``after_batch``; its state is that of ``state_dict``.
 
     Args:
-        density: share of the blocks to keep, 0 to 1. Exactly one of ``density`` and ``coverage`` is given.
+        density: share of the blocks to keep, 0 to 1; of causal attention, of those in the lower triangle, where what is
+            reported is a share of all. Exactly one of ``density`` and ``coverage`` is given.
         coverage: keep the fewest blocks that hold this share of the attention mass, 0 to 1.
         min_density: least share of blocks under ``coverage``.
         max_density: largest share of blocks under ``coverage``.
         mask: how block scores are learned: from how much attention a block holds by ``direct`` (one logit a block),
             ``bilinear``, or ``gram`` (the paper's); ``fisher``, from how much the loss depends on it; or ``spion``: not
-            at all, patterns are traced in the scores themselves (SAT's forerunner).
+            at all, patterns are traced in the scores themselves (SAT's forerunner), with the diagonal always and
+            without ``min_blocks_per_row``.
         mask_rank: inner dimension of ``bilinear`` and ``gram``.
         quantile: of ``spion``, in place of a density: share of the blocks below the threshold, 0 to 1.
         per_head: one layout a head instead of one a layer.
@@ -65,7 +67,8 @@ class SparsityPhases:
         agreement_lag: how many observations ago.
         per_layer: every layer leaves on its own; otherwise all together.
         min_dense_steps: no transition before this step.
-        max_dense_steps: transition at this step even if the rule does not hold; null waits without end.
+        max_dense_steps: transition at the first observation from this step on, even if the rule does not hold; null
+            waits without end.
         interval: optimizer steps between observations.
         samples: sequences that an observation looks at: the first of the whole batch of an optimizer step, which is
             made of the batches of all processes, in the order of their ranks, once for each batch of an accumulation.
@@ -171,9 +174,10 @@ class SparsityPhases:
             keep_scores=guard is not None,
             seed=seed,
         )
-        # Refuses bad values now, not in the middle of a set-up. The grid is as small as the settings allow.
-        side = max(1, min_blocks_per_row, keep_first_tokens)
-        self._make_controller(1, 1, (side, side), 1, (side, side))
+        # Refuses bad values now, not in the middle of a set-up. A single block, of which as many tokens are kept as may
+        # be; whether a model has as many tokens and blocks is seen when it is known.
+        least_tokens, least_blocks = min(keep_first_tokens, 1), min(min_blocks_per_row, 1)
+        self._make_controller(1, 1, (1, 1), 1, (1, 1), keep_first_tokens=least_tokens, min_blocks_per_row=least_blocks)
         self.controller: SparsityController | None = None
         self.began = ""  # how, of a training without a dense phase, for people
         self._given: tuple[list[BlockLayout], str] | None = None  # layouts to begin with, and where they come from
@@ -201,15 +205,19 @@ class SparsityPhases:
     def begin_with(self, layouts: Sequence[BlockLayout], origin: str) -> None:
         """Begin sparsely with layouts that were learned elsewhere, instead of in a dense phase or by ``start``.
 
-        Call this before the training; one that goes on from a checkpoint has the layouts of that.
+        Call this before the training; one that goes on from a checkpoint has the layouts of that. They are taken as
+        they are: what ``keep_diagonal``, ``min_blocks_per_row`` and ``keep_first_tokens`` always keep is kept in
+        revisions as far as they have it.
 
         Args:
             layouts: one a layer, in the order of the attention modules; of 1 head, or with ``per_head`` of all.
             origin: where they come from, for people.
 
         Raises:
-            ValueError: there is a ``guard``.
+            ValueError: there is a ``guard``, or a training has begun already.
         """
+        if self.controller is not None:
+            raise ValueError("begin_with comes too late, for attention is taken charge of; call it before the training")
         if self.guard is not None:
             raise ValueError(_no_guard(self.guard, "a run that begins with layouts"))
         self._given = list(layouts), origin
@@ -224,8 +232,7 @@ class SparsityPhases:
             world_size: how many these are; more than one make up torch.distributed's default process group.
 
         Raises:
-            ValueError: there are none, they are not of one kind or too long for the rule, or layouts to begin with do
-                not fit them.
+            ValueError: there are none, they are not of one kind, or layouts to begin with do not fit them.
         """
         self._rank, self._world_size = rank, world_size
         if self.controller is not None and [*map(id, attentions.values())] == [*map(id, self.attentions.values())]:
@@ -255,8 +262,6 @@ class SparsityPhases:
         if self._given is not None:
             layouts, self.began = self._given
             self.controller.begin(layouts)
-        if not self.all_sparse:
-            check_length(self.controller)
         for attention, layout in zip(self.attentions.values(), self.controller.layouts, strict=True):
             attention.observe_score_matrix = self.controller.needs_score_matrix
             if layout is not None:
@@ -265,11 +270,15 @@ class SparsityPhases:
     def check_phases(self) -> None:
         """Refuse layouts that this callback knows nothing of, such as weights loaded without the callback's state.
 
+        And sequences that are too long for the rule that ends the dense phase, of a training that is in it.
+
         Raises:
-            ValueError: a module is in another phase than its layer in the controller.
+            ValueError: a module is in another phase than its layer in the controller, or sequences are too long.
             LayoutsDiffer: another process has others.
         """
         assert self.controller is not None
+        if self.controller.dense_layers and self.controller.gave_up_at is None:
+            check_length(self.controller)
         for index, (name, attention) in enumerate(self.attentions.items()):
             if attention.is_sparse != (self.controller.phase(index) == "sparse"):
                 state = "sparse" if attention.is_sparse else "dense"
@@ -354,6 +363,13 @@ class SparsityPhases:
         if self._world_size > 1:
             observed = mean_over_processes(observed, layers, attentions[0].layout_mask.device)
         step = self._steps
+        if self.controller.mask == "fisher":
+            # A batch that training_step skips has no backward pass; nor has one whose loss does not depend on a layer.
+            without = sorted(index for index, part in observed.items() if "sensitivity" not in part.values)
+            if without and self._rank == 0:
+                logger.warning("no observation at step %d: no gradient came back to the layers %s", step, without)
+            if without:
+                return None
         absent = sorted(set(layers) - set(observed))
         if absent:  # layers that are skipped at random, say
             logger.info("no observation at step %d: the layers %s took no part in this batch", step, absent)

@@ -175,10 +175,11 @@ def test_revisions_go_on_after_a_restart():
         found = [each.revise(step, dict(enumerate(later[step - 2]))) for each in (made, again)]
         assert found[0] == found[1]
         assert bool(found[0]) == (step == 5)
-    # Revisions that are wanted only after the switch begin to learn then.
+    # Revisions that are wanted only after the switch begin to learn then, and wait as long as others.
     late = controller(**settings)
     late.load_state_dict(still.state_dict())
-    assert late.revise(8, dict(enumerate(later[0])))
+    found = [late.revise(step, dict(enumerate(later[0]))) for step in range(8, 13)]
+    assert [bool(each) for each in found] == [False] * 4 + [True]
 
 
 def test_revisions_that_cannot_be():
@@ -572,3 +573,17 @@ def test_the_surroundings_of_the_caller_do_not_matter():
             found = inside.observe(step, {n: statistics(step, seed=n) for n in (0, 1)})
     assert found == expected
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_controller_that_gave_up_with_nothing_learned_goes_on_after_a_restart():
+    made, _ = switched()
+    sparse = controller(**{**REVISING, "revise_interval": None})
+    sparse.load_state_dict(made.state_dict())
+    guarded = {**REVISING, "revise_interval": None, "mask": "fisher", "keep_scores": True}
+    for _ in range(2):
+        again = controller(**guarded)
+        again.load_state_dict(sparse.state_dict())
+        again.give_up(9)
+        sparse = again
+    assert sparse.gave_up_at == 9
+    assert not sparse.watches(0)

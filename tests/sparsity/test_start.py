@@ -58,6 +58,13 @@ def test_settings_of_the_choice_hold():
     assert (columns // 4 - rows).abs().max() <= 1  # from corner to corner
 
 
+@pytest.mark.parametrize("start", ["window", "bigbird"])
+def test_density_is_kept_to_and_bounds_belong_to_the_whole(start):
+    for causal, allowed in ((False, 256), (True, 136)):
+        made = controller(start=start, density=0.25, min_density=0.2, max_density=0.3, causal=causal, per_head=True)
+        assert [layout.nnz for layout in made.layouts] == [2 * int(0.25 * allowed)] * 2
+
+
 def test_revision_begins_at_once_and_asks_for_nothing_else():
     made = controller(start="window", per_head=True)
     assert made.dense_layers == []
@@ -81,6 +88,12 @@ def test_revision_begins_at_once_and_asks_for_nothing_else():
         ({"start": "window", "revise_interval": None}, "without revise_interval would never change .* fixed structure"),
         ({"start": "window", "density": None, "coverage": 0.5}, "has no attention to measure a coverage of, got"),
         ({"start": "window", "per_layer": True}, "begins sparsely in all layers; set per_layer to False"),
+        (
+            {"start": "window", "density": 0.0625},
+            "what is always kept are 16 of 256 blocks, and density=0.0625 has 16;",
+        ),
+        ({"start": "bigbird", "density": 0.17}, "needs room: the first row and column and what .* are 46 of 256 .* 43"),
+        ({"start": "window", "density": 0.1, "causal": True}, "are 16 of 136 blocks, and density=0.1 has 13; raise"),
     ],
 )
 def test_what_needs_a_dense_phase_is_refused(settings, message):
@@ -148,6 +161,7 @@ def attended(length, **settings):
     phases = SparsityPhases(**{"density": 0.25, **settings})
     attention = AdaptiveAttention(1, length, 4096)
     phases.attach("a model", {"attention": attention})
+    phases.check_phases()
     return attention
 
 
@@ -156,4 +170,31 @@ def test_rules_that_compare_score_matrices_end_at_some_length():
     with pytest.raises(ValueError, match=r"16,384 x 16,384 entries, 1.0 GiB a layer, .* set agreement \(0.9, say\)"):
         attended(16384)
     assert not attended(16384, agreement=0.9).observe_score_matrix
-    assert attended(16384, start="window", mask="fisher", revise_interval=10).is_sparse
+    revised = {"mask": "fisher", "revise_interval": 10, "density": 0.5}
+    assert attended(16384, start="window", **revised).is_sparse
+
+
+def test_a_long_run_with_layouts_from_elsewhere_goes_on():
+    from sat.attention import AdaptiveAttention
+
+    length, states = 16384, []
+    for begins in (True, False):
+        phases, attention = SparsityPhases(density=0.25), AdaptiveAttention(1, length, 4096)
+        if begins:
+            phases.begin_with([shaped(4, 4, size=4096)], "elsewhere")
+        phases.attach("a model", {"attention": attention})
+        if not begins:  # as a trainer does it
+            phases.load_state_dict(states[0])
+            attention.set_layout(phases.controller.layouts[0])
+        phases.check_phases()
+        assert phases.all_sparse
+        states.append(phases.state_dict())
+
+
+def test_layouts_from_elsewhere_come_before_the_training():
+    from sat.attention import AdaptiveAttention
+
+    phases = SparsityPhases(density=0.25)
+    phases.attach("a model", {"attention": AdaptiveAttention(1, 64, 4)})
+    with pytest.raises(ValueError, match="begin_with comes too late"):
+        phases.begin_with([shaped(16, 16)], "elsewhere")
