@@ -49,7 +49,7 @@ ARENA = {
     "listops": Task(
         "lra_listops.yaml", None, {"data.seq_len": 256, "data.min_length": 100, "data.max_length": 250}, None, 2000
     ),
-    "text": Task("lra_text.yaml", "imdb", {"data.seq_len": 512, "data.eval_samples": 5000}, None),
+    "text": Task("lra_text.yaml", "imdb", {"data.seq_len": 512, "data.eval_samples": 5000}, None, 2000),
     "retrieval": Task("lra_retrieval.yaml", "lra_retrieval", {"data.seq_len": 512}, None),
     "image": Task("lra_image.yaml", "cifar10", {"data.image_size": 16}, None),
     "pathfinder": Task("lra_pathfinder.yaml", None, {"data.image_size": 16, "data.num_samples": 40_000}, None, 4000),
