@@ -667,8 +667,9 @@ def _go_on(run: Run) -> str:
 
 
 def _lost_a_process(error: BaseException) -> bool:
-    """Whether the processes cannot reach each other any more; gloo raises plain errors, which name it."""
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    """Whether the processes cannot reach each other any more; gloo raises plain errors, of which most name it."""
+    of_gloo = isinstance(error, RuntimeError) and any(text in str(error) for text in ("gloo", "caused pair closure"))
+    return of_gloo or isinstance(error, torch.distributed.DistError)
 
 
 def _who_died(trainer: Trainer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,9 @@ def hosts() -> Iterator[list[str]]:
         pytest.skip(f"network namespaces are not permitted here: {error.stderr.decode().strip()}")
     finally:
         for name in names:
+            # What a test that failed has left running there.
+            for pid in subprocess.run(["ip", "netns", "pids", name], check=False, capture_output=True).stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 

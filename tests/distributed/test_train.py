@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sat.layout import BlockLayout
+from sat.train import _lost_a_process
 from tests.distributed import work
 from tests.distributed.processes import Outcome, launch
 
@@ -184,3 +185,15 @@ def test_the_command_starts_its_processes_itself(folder):
     assert "Traceback" not in error
     assert (printed + out).count("results go to") == 1
     assert (run_folder(folder) / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:33", True),
+        ("Application timeout caused pair closure", True),  # without the place, when a link is cut
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_errors_of_gloo_are_told_from_others(text, lost):
+    assert _lost_a_process(RuntimeError(text)) is lost
