@@ -326,7 +326,9 @@ def _work(args: argparse.Namespace, console: Console) -> list[str]:
         if args.prepare:
             console.print(f"prepared: {', '.join(args.tasks)}")
             return []
-        failures = measure(wanted, runs, args, begun, console)
+        with record.alone(file):
+            runs = read_runs(file)  # that may have come while the data were prepared
+            failures = measure(wanted, runs, args, begun, console)
     if not runs:
         raise ValueError(f"nothing has been measured yet ({file}); run it without --table")
     if args.steps is not None:

@@ -54,10 +54,10 @@ ARENA = {
     "image": Task("lra_image.yaml", "cifar10", {"data.image_size": 16}, None),
     "pathfinder": Task("lra_pathfinder.yaml", None, {"data.image_size": 16, "data.num_samples": 40_000}, None, 4000),
 }
-# Small without those that nobody learns in minutes, so that there is nothing to compare. Reviews: .55 by dense attention
-# after 2,000 steps of 32. Pathfinder at 16 x 16 pixels: still at chance after 4,000, with easier pictures, too, and with
-# gray in 4 levels and positions that begin as sines; a small CNN leaves chance after 500 steps. The published runs take
-# 20,000 steps of 32 reviews, and 62,400 of 256 pictures.
+# Small without those that nobody learns in minutes, so that there is nothing to compare. Reviews: .55 by dense
+# attention after 2,000 steps of 32. Pathfinder at 16 x 16 pixels: still at chance after 4,000, with easier pictures,
+# too, and with gray in 4 levels and positions that begin as sines; a small CNN leaves chance after 500 steps. The
+# published runs take 20,000 steps of 32 reviews, and 62,400 of 256 pictures.
 ARENA_TASKS = {"small": ["listops", "image"], "paper": [*ARENA]}
 EVERY_TASK = TASKS | ARENA
 

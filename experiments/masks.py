@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -457,6 +458,15 @@ def main() -> None:
     if not 1 / SIDE <= args.density <= 1:
         parser.error(f"--density must be 1/{SIDE} (the diagonal) to 1, got {args.density}")
     out = args.out / "masks.json"
+    try:
+        with nullcontext() if args.table else record.alone(out):
+            study(args, out)
+    except BlockingIOError as error:
+        parser.error(str(error))
+
+
+def study(args: argparse.Namespace, out: Path) -> None:
+    """Train what is missing, and show what there is."""
     settings = {"steps": args.steps, "density": args.density}
     runs: list[dict[str, Any]] = json.loads(out.read_text())["runs"] if out.is_file() else []
     console, lock = Console(), threading.Lock()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import platform
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,28 @@ from sat.files import written_whole
 RESULTS = Path(__file__).parent / "results"
 # Of the results: one that a reader does not know was written by another version of these experiments.
 FORMAT = 1
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep others from adding to the same results meanwhile, whose file each writes whole.
+
+    Args:
+        path: of the results.
+
+    Raises:
+        BlockingIOError: another process does so; a sentence.
+    """
+    folder = path.parent / "runs"  # which git ignores
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{path.stem}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"another process is measuring for {path}; wait for it, or give another --out"
+            ) from error
+        yield
 
 
 def environment(device: str | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import accuracy, accuracy_settings, arena
+from experiments import accuracy, accuracy_settings, arena, record
 from sat import train
 from sat.runs import shipped_configs
 
@@ -144,3 +144,13 @@ def test_bad_options_are_refused_with_a_sentence(capsys, arguments, said):
 def test_data_that_are_not_there(tmp_path):
     with pytest.raises(SystemExit, match=r"experiments\.arena: no data for the task text: there is no folder .*imdb"):
         arena.main(["--tasks", "text", "--data", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_two_at_once_would_lose_each_others_results(started, tmp_path):
+    with (
+        record.alone(Path("out/arena_small.json")),
+        pytest.raises(SystemExit, match=r"another process is measuring for out/arena_small\.json; wait for it, or"),
+    ):
+        measure(*SHORT, "--tasks", "listops")
+    assert started == []
+    assert len(measure(*SHORT, "--tasks", "listops", "--methods", "dense")) == 2
