@@ -140,9 +140,10 @@ class Studied(AdaptiveAttention):
         nothing = norm == -math.inf
         weights = (scores - norm.masked_fill(nothing, 0)).clamp(max=20).exp().masked_fill(nothing, 0)
         context = (weights * kept) @ value
-        context.register_hook(
-            lambda grad: self._study(query, key, value, grad, weights.detach(), context.detach(), padding, real)
-        )
+        # Of the context only its values: a hook that held the context itself would hold its own owner, and with it the
+        # graph of every observed step.
+        seen, values = weights.detach(), context.detach()
+        context.register_hook(lambda grad: self._study(query, key, value, grad, seen, values, padding, real))
         return context
 
     @torch.no_grad()
