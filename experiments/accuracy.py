@@ -4,6 +4,7 @@
     python -m experiments.accuracy --tasks digits                    # embedded in scikit-learn, nothing to download
     python -m experiments.accuracy --scale paper --tasks cifar10 --data FOLDER --minutes 9.5          # on a GPU
     python -m experiments.accuracy --scale paper --steps 10000 ...   # as long as the paper trained
+    python -m experiments.accuracy --jobs 2 --data FOLDER            # two at a time: their steps take longer
     python -m experiments.accuracy --table                           # what has been measured so far
 
 FOLDER holds a folder for each task: cifar10, inaturalist, ag_news, yelp_reviews; without --data, all but inaturalist
@@ -11,7 +12,7 @@ come from the Hugging Face hub. Each run is kept in the results as it ends. The 
 there, trains what is missing, and goes on in the middle of a run that was cut off. Runs with other settings, or on
 other data, are never counted together.
 
-small: sequences of 256 tokens, 1,000 steps of 32 on one CPU thread, about a minute a run; dense for the first 100,
+small: sequences of 256 tokens, 1,000 steps of 32 (AG News: 2,000) on one CPU thread, one to three minutes a run; dense for the first 100,
 then a tenth of the blocks (of 8 tokens, 32 x 32 of them). paper: configs/*_paper.yaml with fewer steps, see
 docs/paper.md.
 Writes accuracy_SCALE.json, and figures of accuracy and cost in plots/ beside it.
@@ -282,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
         "--structure", type=Path, nargs="+", default=[], metavar="FILE.json", help="more methods, in DeepSpeed's words"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="0 1 2 when small, 0 at the paper's scale")
-    parser.add_argument("--steps", type=int, help="of each run; 1,000 when small, else by task")
+    parser.add_argument("--steps", type=int, help="of each run (default: by task)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs beside each other (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="begin no run when so many are over")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder for results and figures")
     parser.add_argument("--prepare", action="store_true", help="only read the data and fill the cache")
@@ -290,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.tasks = args.tasks or DEFAULT_TASKS[args.scale]
     args.seeds = args.seeds or ([0, 1, 2] if args.scale == "small" else [0])
-    args.jobs = 1  # times are compared
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}, expected at least 1; 2 train two at a time")
     conduct("accuracy", args)
 
 
