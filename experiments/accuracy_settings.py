@@ -89,7 +89,7 @@ SAT: Settings = {
     "model.pruned": "drop",
     "sparsity.mask": "fisher",
     "sparsity.per_head": True,
-    "sparsity.share_budget": True,
+    "sparsity.by_offset": True,
     "sparsity.keep_diagonal": True,
     "sparsity.min_blocks_per_row": 1,
     "sparsity.interval": 5,

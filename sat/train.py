@@ -325,7 +325,7 @@ class Run:
         criterion = {"theta": None, "delta": own["change"], "smoothing": 0.0, "patience": 1, "per_layer": False}
         criterion |= {"agreement": None, "revise_interval": None, "start": None}
         selection = {"mask": "spion", "quantile": own["quantile"], "density": None, "coverage": None}
-        selection |= {"per_head": False, "share_budget": False}
+        selection |= {"per_head": False, "share_budget": False, "by_offset": False}
         return {**criterion, **selection, "interval": own["interval"], "min_dense_steps": 0}
 
     def _callbacks(self) -> list[Callback]:

@@ -18,6 +18,7 @@ from sat.sparsity.criterion import Criterion
 from sat.sparsity.events import Revision, Transition
 from sat.sparsity.layers import Layer, change_layouts, fit_fisher, or_nan
 from sat.sparsity.masks import FisherMask, MaskLearner, MaskName, make_mask
+from sat.sparsity.offsets import offset_scores
 from sat.sparsity.selection import add_blocks, check_selection, revise_blocks, select_blocks
 from sat.sparsity.selection import agreement as agreement_of
 from sat.sparsity.settings import check_settings, check_spion, check_start
@@ -79,6 +80,8 @@ class SparsityController:
             as columns; 0 in the paper.
         causal: only blocks of the lower triangle.
         share_budget: count the budget over all layers and heads together instead of for each layout.
+        by_offset: score blocks by their offset from the diagonal, and heads by turns on either side of it, see
+            :func:`offset_scores`, instead of one by one.
         revise_interval: once all layers are sparse, swap blocks at the first observation that is so many steps after
             the switch or the revision before; see :func:`revise_blocks`. None: layouts stay as they are. Needs
             ``mask="fisher"``.
@@ -126,6 +129,7 @@ class SparsityController:
         keep_first_tokens: int = 0,
         causal: bool = False,
         share_budget: bool = False,
+        by_offset: bool = False,
         revise_interval: int | None = None,
         revise_share: float = 0.3,
         start: StartName | None = None,
@@ -139,6 +143,7 @@ class SparsityController:
         self.min_dense_steps, self.max_dense_steps = min_dense_steps, max_dense_steps
         self.mask_rank, self.mask_lr, self.mask_steps = mask_rank, mask_lr, mask_steps
         self.quantile, self.keep_first_tokens, self.share_budget = quantile, keep_first_tokens, share_budget
+        self.by_offset = by_offset
         self.revise_interval, self.revise_share = revise_interval, revise_share
         self.keep_scores = keep_scores or revise_interval is not None
         self._revised_at: int | None = None
@@ -403,7 +408,7 @@ class SparsityController:
         if 2 * kept >= self.num_layers * allowed.sum().item() / 2:
             return []
         settings = {name: self._selection[name] for name in ("causal", "share_budget")}
-        return change_layouts(self._layers, step, partial(add_blocks, **settings), self.share_budget)
+        return change_layouts(self._layers, step, partial(add_blocks, **settings), self.share_budget, self._by_offset)
 
     def give_up(self, step: int) -> None:
         """Go back to dense attention in every layer, for good.
@@ -451,11 +456,20 @@ class SparsityController:
             scores.append(layer.learner.scores())
             mass = block_mass(each, self.block_size, *self.lengths)
             masses.append(mass if self.per_head else mass.mean(0, keepdim=True))
+        scores = self._by_offset(scores)
         if self.share_budget:
             kept = select_blocks(torch.cat(scores), mass=torch.cat(masses), **self._selection)
             return dict(zip(pooled, kept.split(len(scores[0])), strict=True))
         selected = (select_blocks(s, mass=m, **self._selection) for s, m in zip(scores, masses, strict=True))
         return dict(zip(pooled, selected, strict=True))
+
+    def _by_offset(self, scores: list[Tensor]) -> list[Tensor]:
+        """The scores ``[G, M, N]`` of layers by offset, where that is wanted."""
+        if not self.by_offset:
+            return scores
+        causal = self._selection["causal"]
+        found = offset_scores(torch.cat(scores), num_heads=self._num_layouts, causal=causal)
+        return list(found.split(self._num_layouts))
 
     def _spion_blocks(self, layer: Layer) -> Tensor:
         assert layer.history.score_matrix is not None

@@ -76,7 +76,11 @@ class Layer:
 
 
 def change_layouts(
-    layers: Sequence[Layer], step: int, change: Callable[[Tensor, Tensor], Tensor], together: bool
+    layers: Sequence[Layer],
+    step: int,
+    change: Callable[[Tensor, Tensor], Tensor],
+    together: bool,
+    rescore: Callable[[list[Tensor]], list[Tensor]] = list,
 ) -> list[Revision]:
     """Give every layer the layout that follows from its present one and its scores; none if one of them has no scores.
 
@@ -85,6 +89,7 @@ def change_layouts(
         step: optimizer steps already done.
         change: of layouts and scores ``[G, M, N]``.
         together: call it once, for the layouts of all layers behind each other.
+        rescore: makes the scores that count from those of all layers.
 
     Returns:
         The layers whose layouts change.
@@ -95,7 +100,7 @@ def change_layouts(
             return []
         before.append(layer.layout)
         scores.append(layer.learner.scores())
-    masks = [layout.mask for layout in before]
+    masks, scores = [layout.mask for layout in before], rescore(scores)
     if together:
         after = change(torch.cat(masks), torch.cat(scores)).split(len(masks[0]))
     else:

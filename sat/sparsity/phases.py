@@ -55,6 +55,9 @@ class SparsityPhases:
         per_head: one layout a head instead of one a layer.
         share_budget: count density or coverage over all layers and heads together, so that some keep more blocks than
             others.
+        by_offset: score blocks by their offset from the diagonal, by what those of one offset have in common in all
+            layers, instead of one by one; with per_head, heads look back and ahead by turns. For young attention,
+            which tells no more.
         keep_diagonal: always keep the blocks on the diagonal.
         min_blocks_per_row: always keep so many blocks of each row.
         keep_first_tokens: always keep the blocks of the first so many tokens (1: CLS), as rows and as columns.
@@ -102,6 +105,7 @@ class SparsityPhases:
         quantile: float | None = None,
         per_head: bool = False,
         share_budget: bool = False,
+        by_offset: bool = False,
         keep_diagonal: bool = True,
         min_blocks_per_row: int = 1,
         keep_first_tokens: int = 0,
@@ -165,6 +169,7 @@ class SparsityPhases:
             max_density=max_density,
             per_head=per_head,
             share_budget=share_budget,
+            by_offset=by_offset,
             keep_diagonal=keep_diagonal,
             min_blocks_per_row=min_blocks_per_row,
             keep_first_tokens=keep_first_tokens,

@@ -62,6 +62,11 @@ def check_settings(controller: SparsityController) -> None:
                 f"revise_interval needs mask='fisher', which can tell what a missing block would be worth; got "
                 f"mask={controller.mask!r}"
             )
+        if controller.by_offset:
+            raise ValueError(
+                "revise_interval swaps single blocks, and by_offset would choose by what the blocks of an offset have "
+                "in common; set by_offset to False, or leave revise_interval away"
+            )
 
 
 def check_spion(controller: SparsityController, density: float | None, coverage: float | None) -> None:
@@ -75,6 +80,8 @@ def check_spion(controller: SparsityController, density: float | None, coverage:
         )
     if controller.per_head:
         raise ValueError("mask='spion' reads the score matrix, a mean over heads; it has no layouts per_head")
+    if controller.by_offset:
+        raise ValueError("mask='spion' traces patterns of its own; it has no scores to take by_offset")
     if controller.share_budget:
         raise ValueError("mask='spion' keeps what lies above its quantile; it has no budget to share_budget of")
 

@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from sat.sparsity import select_blocks
+from sat.sparsity.offsets import PRIOR_BLOCKS, offset_scores
+
+
+def away(rows, columns):
+    return torch.arange(columns) - torch.arange(rows)[:, None]
+
+
+def popular(rows, columns, seed=0):
+    """Scores that a row and a column make up between them: nobody prefers anybody."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, 1, generator=generator).double() * torch.rand(1, columns, generator=generator).double()
+
+
+def by_hand(scores, causal=False):
+    """The same, block by block: mean ratio of each offset over all layouts."""
+    layouts, rows, columns = scores.shape
+    allowed = [(i, j) for i in range(rows) for j in range(columns) if not causal or j <= i]
+    found = {}
+    for g in range(layouts):
+        s = {(i, j): scores[g, i, j].item() for i, j in allowed}
+        mean = sum(s.values()) / len(allowed)
+        for i, j in allowed:
+            row = [v for (a, _), v in s.items() if a == i]
+            column = [v for (_, b), v in s.items() if b == j]
+            ratio = s[i, j] / (sum(row) / len(row) * sum(column) / len(column) / mean)
+            found.setdefault(j - i, []).append(ratio)
+    return {
+        o: (sum(ratios) / layouts + PRIOR_BLOCKS) / (len(ratios) / layouts + PRIOR_BLOCKS)
+        for o, ratios in found.items()
+    }
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_offsets_are_worth_the_mean_ratio_to_what_row_and_column_make_one_expect(causal):
+    scores = torch.rand(4, 7, 7, generator=torch.Generator().manual_seed(1)).double()
+    found, expected = offset_scores(scores, num_heads=1, causal=causal), by_hand(scores, causal)
+    for i in range(7):
+        for j in range(i + 1 if causal else 7):
+            torch.testing.assert_close(found[:, i, j], torch.full((4,), expected[j - i]).double(), atol=2e-6, rtol=0)
+
+
+def test_popular_keys_do_not_hide_who_depends_on_whom():
+    # Every second neighbour is worth a tenth more, which is far less than what keys differ by.
+    scores = popular(12, 12) * (1 + 0.1 * (away(12, 12).abs() == 2))
+    kept = select_blocks(offset_scores(scores[None], num_heads=1), density=32 / 144)[0]
+    assert torch.equal(kept, (away(12, 12).abs() == 2) | (away(12, 12) == 0))
+    assert not torch.equal(select_blocks(scores[None], density=32 / 144)[0], kept)
+
+
+def test_heads_look_back_and_ahead_by_turns():
+    scores = popular(8, 8).expand(6, 8, 8) * (1 + 0.5 * (away(8, 8).abs() == 3))
+    kept = select_blocks(offset_scores(scores, num_heads=3), density=13 / 64)
+    for layout, direction in zip(kept, [-3, 3, -3, -3, 3, -3], strict=True):
+        assert torch.equal(layout, (away(8, 8) == 0) | (away(8, 8) == direction))
+
+
+def test_a_head_that_may_keep_more_than_one_side_has_takes_the_best_of_the_other():
+    scores = popular(6, 6).expand(2, 6, 6) * (1 + 0.5 * (away(6, 6).abs() == 1))
+    kept = select_blocks(offset_scores(scores, num_heads=2), density=26 / 36)
+    assert torch.equal(kept[0], (away(6, 6) <= 0) | (away(6, 6) == 1))
+    assert torch.equal(kept[1], (away(6, 6) >= 0) | (away(6, 6) == -1))
+    assert select_blocks(offset_scores(scores, num_heads=2), density=1.0).all()
+
+
+def test_causal_heads_all_look_back():
+    scores = popular(8, 8).expand(2, 8, 8) * (1 + 0.5 * (away(8, 8) == -2))
+    kept = select_blocks(offset_scores(scores, num_heads=2, causal=True), density=14 / 36, causal=True)
+    assert torch.equal(kept, ((away(8, 8) == 0) | (away(8, 8) == -2)).expand(2, 8, 8))
+
+
+def test_layers_without_a_preference_follow_those_with_one():
+    scores = torch.stack([popular(8, 8) * (1 + 0.4 * (away(8, 8).abs() == 2)), popular(8, 8, seed=3)])
+    kept = select_blocks(offset_scores(scores, num_heads=1), density=20 / 64)
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[1], (away(8, 8).abs() == 2) | (away(8, 8) == 0))
+
+
+def test_where_nothing_is_known_near_blocks_are_kept():
+    for scores in (torch.ones(1, 8, 8), torch.zeros(1, 8, 8)):
+        kept = select_blocks(offset_scores(scores, num_heads=1), density=22 / 64)
+        assert torch.equal(kept[0], away(8, 8).abs() <= 1)
+
+
+def test_part_of_an_offset_is_its_blocks_of_the_largest_scores():
+    scores = torch.ones(1, 8, 8).double() * (1 + 0.5 * (away(8, 8) == 1))
+    scores[0, 5, 6] += 0.01
+    kept = select_blocks(offset_scores(scores, num_heads=1), density=9 / 64)
+    assert torch.equal(kept[0].nonzero(), torch.cat([torch.eye(8).bool(), kept[0]]).nonzero()[:0].new_tensor(
+        [[0, 0], [1, 1], [2, 2], [3, 3], [4, 4], [5, 5], [5, 6], [6, 6], [7, 7]]))  # fmt: skip
+
+
+def test_padding_that_nobody_depends_on_changes_nothing():
+    scores = popular(8, 8) * (1 + 0.5 * (away(8, 8).abs() == 2))
+    scores[6:] = scores[:, 6:] = 0
+    found = offset_scores(scores[None], num_heads=1)
+    assert found.isfinite().all()
+    kept = select_blocks(found, density=20 / 64, min_blocks_per_row=0)[0]
+    assert torch.equal(kept, (away(8, 8).abs() == 2) | (away(8, 8) == 0))
+
+
+def test_grids_that_are_not_square():
+    found = offset_scores(torch.rand(2, 4, 9, generator=torch.Generator().manual_seed(0)), num_heads=2)
+    assert found.shape == (2, 4, 9)
+    assert found.isfinite().all()
+    assert select_blocks(found, density=0.3).sum((1, 2)).tolist() == [10, 10]
