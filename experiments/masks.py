@@ -42,7 +42,7 @@ from sat import ops
 from sat.attention import AdaptiveAttention
 from sat.layout import BlockLayout
 from sat.models import SequenceClassifier
-from sat.sparsity import best_mass, captured_mass, revise_blocks, select_blocks
+from sat.sparsity import best_mass, captured_mass, offset_scores, revise_blocks, select_blocks
 from sat.sparsity.selection import agreement
 
 LENGTH, BLOCK, HEADS, LAYERS, WIDTH = 256, 8, 2, 2, 64
@@ -73,6 +73,7 @@ class Rule:
         per_head: a layout for each head.
         shared: one budget for all layers and heads.
         diagonal: the diagonal is kept.
+        offsets: blocks are chosen by their offset from the diagonal, and heads look back and ahead by turns.
         rows: least number of blocks in a row.
         balanced: as many blocks in each column as in each row, as far as possible.
         revise: every so many steps, the weakest blocks are swapped for missing ones by their sensitivity.
@@ -86,6 +87,7 @@ class Rule:
     per_head: bool = True
     shared: bool = False
     diagonal: bool = True
+    offsets: bool = False
     rows: int = 1
     balanced: bool = False
     revise: int | None = None
@@ -110,6 +112,9 @@ RULES: dict[str, Rule | None] = {
     "absolute gradient": Rule("absolute"),
     "sensitivity": Rule(),
     "sensitivity, shared budget": Rule(shared=True),
+    "sensitivity, by offset": Rule(offsets=True),
+    "mass, by offset": Rule("mass", offsets=True),
+    "sensitivity, by offset, heads alike": Rule(offsets=True, per_head=False),
     "sensitivity, half window": Rule(local=0.5),
     "gates": Rule("none", local=1.0, gates=True),
     "window, revised": Rule("none", local=1.0, revise=50),
@@ -217,6 +222,11 @@ def choose(rule: Rule, seen: Observations, density: float, generator: torch.Gene
         for _ in range(20):  # Sinkhorn: rows and columns of one sum
             scores = scores / scores.sum(3, keepdim=True)
             scores = scores / scores.sum(2, keepdim=True)
+    if rule.offsets:
+        # Of one layout a layer, all heads look both ways.
+        by_layout = scores.flatten(0, 1) if rule.per_head else scores[:, 0]
+        found = offset_scores(by_layout, num_heads=HEADS if rule.per_head else 1)
+        scores = found.view(LAYERS, -1, SIDE, SIDE).expand(shape)
     # Local blocks in the order of their distance to the diagonal; equal ones by the scores.
     if rule.local:
         away = (torch.arange(SIDE)[:, None] - torch.arange(SIDE)).abs().double()

@@ -4,6 +4,7 @@ from sat.sparsity.controller import Phase, SparsityController
 from sat.sparsity.criterion import Criterion, Verdict
 from sat.sparsity.events import Revision, Transition
 from sat.sparsity.masks import BilinearMask, DirectMask, FisherMask, GramMask, MaskLearner, MaskName, make_mask
+from sat.sparsity.offsets import offset_scores
 from sat.sparsity.phases import SparsityPhases
 from sat.sparsity.pooled import PooledAttention
 from sat.sparsity.processes import LayoutsDiffer
@@ -32,6 +33,7 @@ __all__ = [
     "captured_mass",
     "distance",
     "make_mask",
+    "offset_scores",
     "revise_blocks",
     "select_blocks",
     "skewness",

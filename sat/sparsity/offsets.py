@@ -10,16 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# So many blocks of no preference are added to the mean of each offset: far offsets have few blocks of their own.
-PRIOR_BLOCKS = 4
+# An offset counts for what it is worth beyond so many standard errors of its mean: of the 2 N - 1 offsets of a young
+# model, some lie two away from 1 by chance, the far ones above all, which have few blocks.
+STANDARD_ERRORS = 3.0
 
 
 def offset_scores(scores: Tensor, *, num_heads: int, causal: bool = False) -> Tensor:
     """What the blocks of each offset from the diagonal are worth, in all layouts together.
 
     Each score is compared with what its row and its column make one expect, their means: a key that everybody depends
-    on tells nothing of who depends on whom. The mean of these ratios over an offset, and over all layouts, is what all
-    of its blocks are worth; equal ones go by their own scores.
+    on tells nothing of who depends on whom. What an offset is worth is the mean of these ratios over its blocks and
+    over all layouts, drawn towards 1 by three standard errors (soft thresholding). Of offsets that do not stand out,
+    the nearer ones are preferred; of the blocks of one offset, those of the larger scores.
 
     Where a layer has several layouts, those of its heads 0, 2, 4 ... prefer the blocks on and before the diagonal,
     whatever the others are worth, and heads 1, 3, 5 ... those on and after it: with the same blocks for all, a layer
@@ -31,9 +33,10 @@ def offset_scores(scores: Tensor, *, num_heads: int, causal: bool = False) -> Te
         causal: only blocks of the lower triangle, ``column <= row``, count.
 
     Returns:
-        ``[G, M, N]``, float64, on the device of the scores; 1 is what an offset is worth of which nothing is known.
+        ``[G, M, N]``, float64, on the device of the scores; about 1 for an offset that does not stand out.
 
-    Source: ours; the directions are those of Shen et al., "DiSAN: Directional Self-Attention Network", AAAI 2018.
+    Source: ours. Thresholds: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", 1994. Directions:
+    Shen et al., "DiSAN: Directional Self-Attention Network", AAAI 2018.
     """
     layouts, rows, columns = scores.shape
     scores = scores.double().clamp(min=0)
@@ -47,15 +50,17 @@ def offset_scores(scores: Tensor, *, num_heads: int, causal: bool = False) -> Te
     expected = by_row * by_column * allowed.sum() / scores.sum((1, 2), keepdim=True)
     ratios = torch.where(expected > 0, scores / expected, 1.0).mean(0)
 
-    place = (offset - offset.min()).flatten()
-    counted = allowed.flatten().double()
+    place = offset - offset.min()
     sums = torch.zeros(int(place.max()) + 1, dtype=torch.float64, device=scores.device)
-    blocks = sums.index_add(0, place, counted)
-    worth = (sums.index_add(0, place, ratios.flatten() * counted) + PRIOR_BLOCKS) / (blocks + PRIOR_BLOCKS)
-    # Where offsets are alike the nearer one is preferred, and of one offset the blocks of the larger scores.
+    blocks = sums.index_add(0, place.flatten(), allowed.flatten().double()).clamp(min=1)
+    means = sums.index_add(0, place.flatten(), (ratios * allowed).flatten()) / blocks
+    variance = ((ratios - means[place]).square() * allowed).sum() / allowed.sum()
+    effect = means - 1
+    worth = 1 + effect.sign() * (effect.abs() - STANDARD_ERRORS * (variance / blocks).sqrt()).clamp(min=0)
+
     own = scores / scores.amax((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    found = worth[place].view(rows, columns) - 1e-6 * offset.abs() / (rows + columns) + 1e-9 * own
+    found = worth[place] - 1e-6 * offset.abs() / (rows + columns) + 1e-12 * own
     if num_heads > 1 and not causal:
         ahead = (torch.arange(layouts, device=scores.device) % num_heads % 2 == 1)[:, None, None]
-        found = found - (1 + worth.max()) * torch.where(ahead, offset < 0, offset > 0)
+        found = found - (1 + worth.abs().max()) * torch.where(ahead, offset < 0, offset > 0)
     return found

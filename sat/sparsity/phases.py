@@ -55,9 +55,9 @@ class SparsityPhases:
         per_head: one layout a head instead of one a layer.
         share_budget: count density or coverage over all layers and heads together, so that some keep more blocks than
             others.
-        by_offset: score blocks by their offset from the diagonal, by what those of one offset have in common in all
-            layers, instead of one by one; with per_head, heads look back and ahead by turns. For young attention,
-            which tells no more.
+        by_offset: choose blocks by their offset from the diagonal: by what those of one offset are worth in all layers
+            together, beyond what their rows and columns are, instead of one by one; with per_head, heads look back and
+            ahead by turns. For models trained from scratch: young attention tells no more.
         keep_diagonal: always keep the blocks on the diagonal.
         min_blocks_per_row: always keep so many blocks of each row.
         keep_first_tokens: always keep the blocks of the first so many tokens (1: CLS), as rows and as columns.

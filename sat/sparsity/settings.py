@@ -62,11 +62,6 @@ def check_settings(controller: SparsityController) -> None:
                 f"revise_interval needs mask='fisher', which can tell what a missing block would be worth; got "
                 f"mask={controller.mask!r}"
             )
-        if controller.by_offset:
-            raise ValueError(
-                "revise_interval swaps single blocks, and by_offset would choose by what the blocks of an offset have "
-                "in common; set by_offset to False, or leave revise_interval away"
-            )
 
 
 def check_spion(controller: SparsityController, density: float | None, coverage: float | None) -> None:

@@ -94,6 +94,38 @@ def test_fisher_keeps_what_the_loss_depends_on_most_in_all_layers_together():
     assert all(torch.equal(a.layout.mask, b.layout.mask) for a, b in zip(transitions, other, strict=True))
 
 
+def test_by_offset_the_layers_choose_together_and_heads_look_back_and_ahead_by_turns():
+    # Layer 0 depends on what is two blocks away, layer 1 on one key, whoever asks.
+    first = torch.ones(2, 4, 4) + (torch.arange(4)[:, None] - torch.arange(4)).abs().eq(2)
+    second = torch.ones(2, 4, 4) + 9 * torch.arange(4).eq(1)
+    made = controller(mask="fisher", per_head=True, by_offset=True, max_dense_steps=1, density=6 / 16, keep_scores=True)
+    transitions = made.observe(1, {0: sensitive(first), 1: sensitive(second)})
+    back = torch.eye(4).bool() | torch.eye(4).bool().roll(2, 0).tril()
+    for transition in transitions:
+        assert torch.equal(transition.layout.mask, torch.stack([back, back.mT]))
+    # One by one, layer 1 would have taken the key.
+    alone = controller(mask="fisher", per_head=True, max_dense_steps=1, density=6 / 16)
+    assert alone.observe(1, {0: sensitive(first), 1: sensitive(second)})[1].layout.mask[:, :, 1].sum() > 4
+    # More blocks of the same kind.
+    wide = controller(
+        mask="fisher", per_head=True, by_offset=True, max_dense_steps=1, density=3 / 16, keep_scores=True,
+        keep_diagonal=False, min_blocks_per_row=0,
+    )  # fmt: skip
+    wide.observe(1, {0: sensitive(first), 1: sensitive(second)})
+    wide.add_blocks(5)
+    for layout in wide.layouts:
+        assert layout.nnz == 2 * 6
+        assert not layout.mask[0].triu(1).any()
+        assert not layout.mask[1].tril(-1).any()
+
+
+def test_by_offset_heads_that_share_a_layout_look_both_ways():
+    made = controller(mask="fisher", by_offset=True, max_dense_steps=1, density=10 / 16)
+    near = torch.ones(2, 4, 4) + (torch.arange(4)[:, None] - torch.arange(4)).abs().eq(1)
+    (transition, _) = made.observe(1, {0: sensitive(near), 1: sensitive(near)})
+    assert torch.equal(transition.layout.mask[0], (torch.arange(4)[:, None] - torch.arange(4)).abs() <= 1)
+
+
 def test_fisher_adds_the_heads_that_share_a_layout():
     made = controller(mask="fisher", max_dense_steps=1, density=1 / 16, keep_diagonal=False, min_blocks_per_row=0)
     found = torch.zeros(2, 4, 4)
@@ -271,6 +303,8 @@ def test_a_shared_budget_needs_layers_that_leave_together():
         controller(share_budget=True, per_layer=True)
     with pytest.raises(ValueError, match="no budget to share_budget of"):
         controller(**SPION, share_budget=True)
+    with pytest.raises(ValueError, match="patterns of its own; it has no scores to take by_offset"):
+        controller(**SPION, by_offset=True)
 
 
 def test_spion_waits_for_the_distance_alone_and_traces_the_scores():

@@ -1,8 +1,10 @@
+import math
+from statistics import mean
+
 import pytest
 import torch
 
-from sat.sparsity import select_blocks
-from sat.sparsity.offsets import PRIOR_BLOCKS, offset_scores
+from sat.sparsity import offset_scores, select_blocks
 
 
 def away(rows, columns):
@@ -16,31 +18,41 @@ def popular(rows, columns, seed=0):
 
 
 def by_hand(scores, causal=False):
-    """The same, block by block: mean ratio of each offset over all layouts."""
+    """The same, block by block: by offset, the mean ratio of all layouts, and its standard error."""
     layouts, rows, columns = scores.shape
     allowed = [(i, j) for i in range(rows) for j in range(columns) if not causal or j <= i]
-    found = {}
+    ratios = dict.fromkeys(allowed, 0.0)
     for g in range(layouts):
         s = {(i, j): scores[g, i, j].item() for i, j in allowed}
-        mean = sum(s.values()) / len(allowed)
+        total = mean(s.values())
         for i, j in allowed:
-            row = [v for (a, _), v in s.items() if a == i]
-            column = [v for (_, b), v in s.items() if b == j]
-            ratio = s[i, j] / (sum(row) / len(row) * sum(column) / len(column) / mean)
-            found.setdefault(j - i, []).append(ratio)
-    return {
-        o: (sum(ratios) / layouts + PRIOR_BLOCKS) / (len(ratios) / layouts + PRIOR_BLOCKS)
-        for o, ratios in found.items()
-    }
+            row, column = (mean(v for place, v in s.items() if place[k] == (i, j)[k]) for k in (0, 1))
+            ratios[i, j] += s[i, j] / (row * column / total) / layouts
+    found = {o: [v for (i, j), v in ratios.items() if j - i == o] for o in range(1 - rows, columns)}
+    means = {o: mean(values) for o, values in found.items() if values}
+    deviation = math.sqrt(mean((v - means[j - i]) ** 2 for (i, j), v in ratios.items()))
+    return {o: (m, deviation / math.sqrt(len(found[o]))) for o, m in means.items()}
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_offsets_are_worth_the_mean_ratio_to_what_row_and_column_make_one_expect(causal):
-    scores = torch.rand(4, 7, 7, generator=torch.Generator().manual_seed(1)).double()
+def test_offsets_are_worth_what_stands_out_of_their_rows_and_columns(causal):
+    scores = torch.rand(4, 9, 9, generator=torch.Generator().manual_seed(1)).double()
+    scores *= 1 + 3 * (away(9, 9) == -2) + 2 * (away(9, 9) == 1)
     found, expected = offset_scores(scores, num_heads=1, causal=causal), by_hand(scores, causal)
-    for i in range(7):
-        for j in range(i + 1 if causal else 7):
-            torch.testing.assert_close(found[:, i, j], torch.full((4,), expected[j - i]).double(), atol=2e-6, rtol=0)
+    stand_out = set()
+    for i in range(9):
+        for j in range(i + 1 if causal else 9):
+            mean_ratio, error = expected[j - i]
+            effect = max(abs(mean_ratio - 1) - 3 * error, 0) * math.copysign(1, mean_ratio - 1)
+            stand_out |= {j - i} if effect > 0 else set()
+            torch.testing.assert_close(found[:, i, j], torch.full((4,), 1 + effect).double(), atol=2e-6, rtol=0)
+    assert stand_out == ({-2} if causal else {-2, 1})
+
+
+def test_what_does_not_stand_out_of_chance_is_chosen_by_nearness():
+    scores = 1 + 0.3 * torch.rand(4, 16, 16, generator=torch.Generator().manual_seed(2))
+    kept = select_blocks(offset_scores(scores, num_heads=1), density=46 / 256)
+    assert torch.equal(kept, (away(16, 16).abs() <= 1).expand(4, 16, 16))
 
 
 def test_popular_keys_do_not_hide_who_depends_on_whom():
@@ -89,8 +101,7 @@ def test_part_of_an_offset_is_its_blocks_of_the_largest_scores():
     scores = torch.ones(1, 8, 8).double() * (1 + 0.5 * (away(8, 8) == 1))
     scores[0, 5, 6] += 0.01
     kept = select_blocks(offset_scores(scores, num_heads=1), density=9 / 64)
-    assert torch.equal(kept[0].nonzero(), torch.cat([torch.eye(8).bool(), kept[0]]).nonzero()[:0].new_tensor(
-        [[0, 0], [1, 1], [2, 2], [3, 3], [4, 4], [5, 5], [5, 6], [6, 6], [7, 7]]))  # fmt: skip
+    assert torch.equal(kept[0].nonzero(), torch.tensor([*[[i, i] for i in range(6)], [5, 6], [6, 6], [7, 7]]))
 
 
 def test_padding_that_nobody_depends_on_changes_nothing():
