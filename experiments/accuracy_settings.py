@@ -74,7 +74,7 @@ SMALL: Settings = {
     "optimizer.lr": 2e-3,
     "optimizer.warmup_steps": 100,
     "sparsity.density": 0.1,
-    "sparsity.theta": 1e9,  # the switch is at the same step for every rule
+    "sparsity.theta": 1e9,  # after a tenth of the steps, if the method does not say otherwise
     "sparsity.agreement": None,
     "sparsity.min_dense_steps": 0,
     "sparsity.lr_factor": 1.0,  # the cycle of the learning rate is short enough
@@ -90,6 +90,9 @@ SAT: Settings = {
     "sparsity.mask": "fisher",
     "sparsity.per_head": True,
     "sparsity.by_offset": True,
+    # When the choice has settled, which by offset is soon. Each dense step is one that the sparse model does not get.
+    "sparsity.agreement": 0.9,
+    "sparsity.agreement_lag": 3,
     "sparsity.keep_diagonal": True,
     "sparsity.min_blocks_per_row": 1,
     "sparsity.interval": 5,

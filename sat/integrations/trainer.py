@@ -38,13 +38,14 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         seq_len: the longest sequence in tokens, on which layouts are learned; by default what the model can take.
         block_size: edge of a block, in tokens.
         backend: of the sparse phase, see :mod:`sat.ops`.
-        settings: those of :class:`sat.sparsity.SparsityPhases`.
+        settings: those of :class:`sat.sparsity.SparsityPhases`; by_offset is False unless given.
     """
 
     def __init__(
         self, seq_len: int | None = None, block_size: int = 16, backend: ops.Backend = "auto", **settings: Any
     ) -> None:
-        super().__init__(**settings)
+        # These models are pretrained: their single blocks differ.
+        super().__init__(**{"by_offset": False, **settings})
         self.seq_len, self.block_size, self.backend = seq_len, block_size, backend
 
     def on_train_begin(
