@@ -105,6 +105,7 @@ SAT_PAPER: Settings = {
     "sparsity.mask": "gram",
     "sparsity.per_head": False,
     "sparsity.share_budget": False,
+    "sparsity.by_offset": False,
     "sparsity.keep_diagonal": False,
     "sparsity.min_blocks_per_row": 0,
     "sparsity.interval": 1,

@@ -75,7 +75,8 @@ class SparsityPhases:
         interval: optimizer steps between observations.
         samples: sequences that an observation looks at: the first of the whole batch of an optimizer step, which is
             made of the batches of all processes, in the order of their ranks, once for each batch of an accumulation.
-        lr_factor: factor of the learning rate once every layer is sparse (the paper halves it), after a dense phase.
+        lr_factor: factor of the learning rate once every layer is sparse, after a dense phase (the paper's: 0.5, for a
+            switch that comes late).
         revise_interval: optimizer steps between revisions of the layouts once all layers are sparse, rounded up to
             whole intervals: the weakest kept blocks make place for missing ones that the loss depends on more; null:
             layouts stay. Needs mask fisher.
@@ -120,7 +121,7 @@ class SparsityPhases:
         max_dense_steps: int | None = None,
         interval: int = 10,
         samples: int = 8,
-        lr_factor: float = 0.5,
+        lr_factor: float = 1.0,
         revise_interval: int | None = None,
         revise_share: float = 0.3,
         start: StartName | None = None,
