@@ -12,9 +12,10 @@ come from the Hugging Face hub. Each run is kept in the results as it ends. The 
 there, trains what is missing, and goes on in the middle of a run that was cut off. Runs with other settings, or on
 other data, are never counted together.
 
-small: sequences of 256 tokens, 1,000 steps of 32 (AG News: 2,000) on one CPU thread, one to three minutes a run; dense
-for the first tenth of the steps, then a tenth of the blocks (of 8 tokens, 32 x 32 of them). paper: configs/*_paper.yaml
-with fewer steps, see docs/paper.md.
+small: sequences of 256 tokens, 1,000 steps of 32 (AG News: 2,000) on one CPU thread, one to three minutes a run. The
+paper's method is dense for the first tenth of the steps, SAT until its choice of blocks has settled, which is sooner;
+then a tenth of the blocks are kept (of 8 tokens, 32 x 32 of them). paper: configs/*_paper.yaml with fewer steps, see
+docs/paper.md.
 Writes accuracy_SCALE.json, and figures of accuracy and cost in plots/ beside it.
 """
 

@@ -25,6 +25,9 @@ SAVED, STEPS = 12, 16
 # A checkpoint of a few kilobytes: the model of tests/interruption, made smaller still.
 SMALL = ["--model.num_layers", "1", "--model.width", "4", "--model.mlp_dim", "4", "--model.head_dim", "4"]
 SMALL += ["--data.seq_len", "16", "--model.block_size", "4", "--trainer.max_steps", str(STEPS)]
+# Said, because what is the default may change between versions.
+SMALL += ["--sparsity.mask", "direct", "--sparsity.per_head", "false", "--sparsity.by_offset", "false"]
+CRITERION: dict[str, Any] = {"theta": None, "delta": 1e9, "max_dense_steps": 2, "interval": 1}
 
 
 def layout() -> BlockLayout:
@@ -49,7 +52,7 @@ def callback(model: Any) -> Any:
     from sat.integrations.trainer import SparsityCallback
     from sat.integrations.transformers import prepare
 
-    made = SparsityCallback(block_size=8, density=0.5, theta=None, delta=1e9, max_dense_steps=2, interval=1)
+    made = SparsityCallback(block_size=8, density=0.5, mask="direct", per_head=False, by_offset=False, **CRITERION)
     made.attach("BertModel", prepare(model, 24, 8))
     return made
 
