@@ -53,8 +53,8 @@ def made_sparse(
 ) -> tuple[PretrainedClassifier, SparsityPhases]:
     """A copy of the model that has observed the batches and then been given layouts; its weights stay."""
     model = copy.deepcopy(dense).eval()
-    when: dict[str, Any] = {"theta": None, "delta": 1e9, "interval": 1, "samples": BATCH, "min_dense_steps": len(batches)}
-    phases = SparsityPhases(**when, by_offset=False, **settings)
+    when: dict[str, Any] = {"theta": None, "delta": 1e9, "interval": 1, "min_dense_steps": len(batches)}
+    phases = SparsityPhases(**when, samples=BATCH, by_offset=False, **settings)
     phases.attach("the ViT", prepare(model.model, TOKENS, block_size))
     for batch in batches:
         phases.before_batch(len(batch["labels"]))
