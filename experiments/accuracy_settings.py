@@ -93,6 +93,7 @@ SAT: Settings = {
     # When the choice has settled, which by offset is soon. Each dense step is one that the sparse model does not get.
     "sparsity.agreement": 0.9,
     "sparsity.agreement_lag": 3,
+    "sparsity.lr_factor": 1.0,
     "sparsity.keep_diagonal": True,
     "sparsity.min_blocks_per_row": 1,
     "sparsity.interval": 5,

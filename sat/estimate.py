@@ -114,7 +114,13 @@ class Rehearsal(Callback):
             controller = self.sparsity.controller
             assert controller is not None
             if not self.sparsity.all_sparse:
-                self.least, self.most = max(controller.min_dense_steps, self.interval), controller.max_dense_steps
+                self.most = controller.max_dense_steps
+                # Choices can agree from when there is one to compare with.
+                rule = controller.criterion
+                first = self.interval * (1 if rule.agreement is None else rule.agreement_lag + 1)
+                if self.most is not None:
+                    first = min(first, max(self.most, self.interval))
+                self.least = max(controller.min_dense_steps, first)
             else:
                 self.most = 0
             controller.min_dense_steps = sys.maxsize

@@ -271,6 +271,9 @@ class Run:
         options = args.sparsity.as_dict()
         if args.model.attention == "spion":
             options |= self._spion(args.trainer, options["interval"])
+            if options["max_dense_steps"] is not None:
+                # It looks rarely, and compares what it has seen; a bound that is meant for SAT would come before that.
+                options["max_dense_steps"] = max(options["max_dense_steps"], 10 * options["interval"])
         return AdaptiveSparsity(**options, seed=args.seed)
 
     def _carry(self, learned: checkpoints.Learned, wanted: bool | None) -> list[tuple[BlockLayout, BlockLayout]]:

@@ -468,7 +468,9 @@ class SparsityController:
         if not self.by_offset:
             return scores
         causal = self._selection["causal"]
-        found = offset_scores(torch.cat(scores), num_heads=self._num_layouts, causal=causal)
+        # A coverage is reached by what holds most: heads that had to take one side first would need far more.
+        heads = 1 if self._selection["coverage"] is not None else self._num_layouts
+        found = offset_scores(torch.cat(scores), num_heads=heads, causal=causal)
         return list(found.split(self._num_layouts))
 
     def _spion_blocks(self, layer: Layer) -> Tensor:

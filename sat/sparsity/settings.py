@@ -74,9 +74,11 @@ def check_spion(controller: SparsityController, density: float | None, coverage:
             f"density={density} and coverage={coverage}"
         )
     if controller.per_head:
-        raise ValueError("mask='spion' reads the score matrix, a mean over heads; it has no layouts per_head")
+        raise ValueError(
+            "mask='spion' reads the score matrix, a mean over heads; it has no layouts per_head; set it to False"
+        )
     if controller.by_offset:
-        raise ValueError("mask='spion' traces patterns of its own; it has no scores to take by_offset")
+        raise ValueError("mask='spion' traces patterns of its own; it has no scores to take by_offset; set it to False")
     if controller.share_budget:
         raise ValueError("mask='spion' keeps what lies above its quantile; it has no budget to share_budget of")
 

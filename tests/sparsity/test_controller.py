@@ -119,6 +119,15 @@ def test_by_offset_the_layers_choose_together_and_heads_look_back_and_ahead_by_t
         assert not layout.mask[1].tril(-1).any()
 
 
+def test_by_offset_a_coverage_is_reached_by_what_holds_most_on_either_side():
+    near = torch.ones(2, 4, 4) + 9 * ((torch.arange(4)[:, None] - torch.arange(4)).abs() <= 1)
+    settings = {"mask": "fisher", "per_head": True, "max_dense_steps": 1, "density": None, "coverage": 0.9}
+    made = controller(**settings, by_offset=True)
+    pooled = near / near.sum(2, keepdim=True) / 2
+    (transition, _) = made.observe(1, {n: sensitive(near, pooled=pooled) for n in range(2)})
+    assert torch.equal(transition.layout.mask, near > 1)
+
+
 def test_by_offset_heads_that_share_a_layout_look_both_ways():
     made = controller(mask="fisher", by_offset=True, max_dense_steps=1, density=10 / 16)
     near = torch.ones(2, 4, 4) + (torch.arange(4)[:, None] - torch.arange(4)).abs().eq(1)

@@ -18,20 +18,27 @@ def popular(rows, columns, seed=0):
 
 
 def by_hand(scores, causal=False):
-    """The same, block by block: by offset, the mean ratio of all layouts, and its standard error."""
+    """The same, block by block: what each offset is worth, and its standard error."""
     layouts, rows, columns = scores.shape
     allowed = [(i, j) for i in range(rows) for j in range(columns) if not causal or j <= i]
-    ratios = dict.fromkeys(allowed, 0.0)
+    found, expected = (dict.fromkeys(allowed, 0.0) for _ in range(2))
     for g in range(layouts):
-        s = {(i, j): scores[g, i, j].item() for i, j in allowed}
-        total = mean(s.values())
-        for i, j in allowed:
-            row, column = (mean(v for place, v in s.items() if place[k] == (i, j)[k]) for k in (0, 1))
-            ratios[i, j] += s[i, j] / (row * column / total) / layouts
-    found = {o: [v for (i, j), v in ratios.items() if j - i == o] for o in range(1 - rows, columns)}
-    means = {o: mean(values) for o, values in found.items() if values}
-    deviation = math.sqrt(mean((v - means[j - i]) ** 2 for (i, j), v in ratios.items()))
-    return {o: (m, deviation / math.sqrt(len(found[o]))) for o, m in means.items()}
+        total = sum(scores[g, i, j].item() for i, j in allowed)
+        share = {(i, j): scores[g, i, j].item() / total for i, j in allowed}
+        fitted = dict.fromkeys(allowed, 1.0)
+        for _ in range(10):
+            for axis in (0, 1):
+                for line in range((rows, columns)[axis]):
+                    places = [place for place in allowed if place[axis] == line]
+                    factor = sum(share[p] for p in places) / sum(fitted[p] for p in places)
+                    fitted.update({p: fitted[p] * factor for p in places})
+        found = {p: found[p] + share[p] for p in allowed}
+        expected = {p: expected[p] + fitted[p] for p in allowed}
+    lines = {o: [p for p in allowed if p[1] - p[0] == o] for o in range(1 - rows, columns)}
+    weight = {o: sum(expected[p] for p in line) for o, line in lines.items() if line}
+    worth = {o: sum(found[p] for p in lines[o]) / weight[o] for o in weight}
+    variance = mean((found[p] - worth[p[1] - p[0]] * expected[p]) ** 2 / expected[p] for p in allowed)
+    return {o: (worth[o], math.sqrt(variance / weight[o])) for o in weight}
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -42,11 +49,28 @@ def test_offsets_are_worth_what_stands_out_of_their_rows_and_columns(causal):
     stand_out = set()
     for i in range(9):
         for j in range(i + 1 if causal else 9):
-            mean_ratio, error = expected[j - i]
-            effect = max(abs(mean_ratio - 1) - 3 * error, 0) * math.copysign(1, mean_ratio - 1)
+            worth, error = expected[j - i]
+            effect = max(abs(worth - 1) - 3 * error, 0) * math.copysign(1, worth - 1)
             stand_out |= {j - i} if effect > 0 else set()
             torch.testing.assert_close(found[:, i, j], torch.full((4,), 1 + effect).double(), atol=2e-6, rtol=0)
     assert stand_out == ({-2} if causal else {-2, 1})
+
+
+def test_a_causal_model_with_an_attention_sink_keeps_what_is_near():
+    sink, early = torch.ones(32, 32), 1 / (1.0 + torch.arange(32)).expand(32, 32)
+    sink[:, 0] = 30
+    for scores in (sink, early):
+        kept = select_blocks(offset_scores(scores[None].tril(), num_heads=1, causal=True), density=0.1, causal=True)
+        assert (away(32, 32)[kept[0]] >= -1).all()
+
+
+def test_a_block_that_is_rarely_reached_does_not_decide():
+    scores = popular(32, 32) * (1 + 0.5 * (away(32, 32).abs() == 3))
+    scores[-1] *= 0.01
+    scores[:, -1] *= 0.01
+    found = offset_scores(scores[None], num_heads=1)[0]
+    assert found.diagonal(3)[0] > 1.3
+    assert 0.9 < found[0, 0] < 1.1
 
 
 def test_what_does_not_stand_out_of_chance_is_chosen_by_nearness():
