@@ -16,7 +16,6 @@ from experiments.gpu_suite.layouts import learned_like
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.models import SequenceClassifier
-from sat.sparsity import SparsityController
 
 
 def main() -> None:
@@ -34,9 +33,8 @@ def main() -> None:
     attentions = [module for module in model.modules() if isinstance(module, AdaptiveAttention)]
     layouts = [learned_like(32, args.density, 1, 32, "cpu", seed) for seed, _ in enumerate(attentions)]
     defaults = AdaptiveSparsity(density=args.density)
-    controller = SparsityController(
-        2, 2, (32, 32), 32, (1024, 1024), theta=1e9, density=args.density, mask_steps=defaults.interval
-    )
+    sparsity = AdaptiveSparsity(density=args.density, agreement=0.9, interval=1, min_dense_steps=10**9)
+    sparsity.attach("the model", {str(i): attention for i, attention in enumerate(attentions)})
 
     def step() -> None:
         loss = F.cross_entropy(model(tokens), labels)
@@ -50,12 +48,9 @@ def main() -> None:
         step()
 
     def observed() -> None:
-        for attention in attentions:
-            attention.observe_samples = defaults.samples
+        sparsity.before_batch(args.batch_size)
         dense()
-        for attention in attentions:
-            attention.observe_samples = 0
-        controller.observe(1, {i: a.statistics for i, a in enumerate(attentions) if a.statistics is not None})
+        sparsity.after_batch(ends_step=True)
 
     def sparse() -> None:
         for attention, layout in zip(attentions, layouts, strict=True):

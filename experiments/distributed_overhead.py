@@ -24,6 +24,7 @@ from experiments import record
 from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.models import SequenceClassifier
+from sat.ops import sensitivity
 
 
 class Classifier(pl.LightningModule):
@@ -46,7 +47,9 @@ class Timed(AdaptiveSparsity):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.parts: dict[str, list[float]] = {name: [] for name in ("observing", "deciding", "comparing")}
+        self.parts: dict[str, list[float]] = {
+            name: [] for name in ("observing", "sensitivity", "deciding", "comparing")
+        }
         self.steps: dict[str, list[float]] = {"dense": [], "observed": [], "switch": [], "sparse": []}
         self.ours: dict[str, list[float]] = {name: [] for name in self.steps}
         self._now: dict[str, float] = {}
@@ -69,6 +72,9 @@ class Timed(AdaptiveSparsity):
         for module in pl_module.modules():
             if isinstance(module, AdaptiveAttention):
                 module.observe = self.clocked("observing", module.observe)  # type: ignore[method-assign]
+        # Backward passes call it.
+        timed = self.clocked("sensitivity", sensitivity.block_sensitivity)
+        sensitivity.block_sensitivity = timed  # type: ignore[assignment]
         self._began = time.perf_counter()
 
     def on_train_batch_start(self, *arguments: Any) -> None:
@@ -85,9 +91,9 @@ class Timed(AdaptiveSparsity):
         )
         end = time.perf_counter()
         self.steps[kind].append(1e3 * (end - self._began))
-        self.ours[kind].append(now["before"] + now["after"] + now.get("observing", 0.0))
+        self.ours[kind].append(now["before"] + now["after"] + now.get("observing", 0.0) + now.get("sensitivity", 0.0))
         if kind == "observed":
-            for name in ("observing", "deciding"):
+            for name in ("observing", "sensitivity", "deciding"):
                 self.parts[name].append(now.get(name, 0.0))
             self.parts["comparing"].append(now["after"] - now["deciding"])
         self._began = time.perf_counter()
@@ -102,7 +108,8 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else the machine was doing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sparsity = Timed(density=args.density, theta=1e9, max_dense_steps=args.dense_steps)
+    at = args.dense_steps
+    sparsity = Timed(density=args.density, agreement=0.9, min_dense_steps=at, max_dense_steps=at)
     steps = args.dense_steps + args.sparse_steps
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -137,8 +144,9 @@ def main() -> None:
         "step": {name: record.summary(x) for name, x in sparsity.steps.items() if len(x) > 1},
         "of an observed step, ours": {
             "statistics": record.summary(sparsity.parts["observing"]),
+            "sensitivity of the loss to blocks": record.summary(sparsity.parts["sensitivity"]),
             "mean over the processes, comparing layouts": record.summary(sparsity.parts["comparing"]),
-            "criterion and masks": record.summary(sparsity.parts["deciding"]),
+            "criterion and choice of blocks": record.summary(sparsity.parts["deciding"]),
         },
         "at the switch, ours_ms": round(statistics.mean(sparsity.ours["switch"]), 2),
         "ours, share of the dense phase": round(sum(ours) / sum(dense), 4),

@@ -23,7 +23,6 @@ from sat.attention import AdaptiveAttention
 from sat.callback import AdaptiveSparsity
 from sat.models import SequenceClassifier
 from sat.module import ClassificationModule
-from sat.sparsity import SparsityController
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BYTES = 256  # gray levels of a pixel; characters have about as many
@@ -39,6 +38,8 @@ class Task(NamedTuple):
 
 TASKS = (Task("cifar10", 10, None), Task("ag_news", 4, (100, 500)))
 SEQ_LEN = 1024
+# Observe each step, and never switch.
+NEVER = {"interval": 1, "min_dense_steps": 10**9, "max_dense_steps": None}
 
 
 class Run:
@@ -99,32 +100,14 @@ class Run:
         return self
 
     def observe(self) -> Callable[[], None]:
-        """A dense step with everything that an observation adds."""
-        defaults = AdaptiveSparsity(density=self.config["sparsity"]["density"])
-        first = self.attentions[0]
-        blocks = -(-first.seq_len // first.block_size)
-        controller = SparsityController(
-            len(self.attentions),
-            first.num_heads,
-            (blocks, blocks),
-            first.block_size,
-            (first.seq_len, first.seq_len),
-            theta=1e9,  # never
-            density=self.config["sparsity"]["density"],
-            mask_steps=defaults.interval,
-        )
-        observations = 0
+        """A dense step with everything that an observation adds, by the config's rule."""
+        sparsity = AdaptiveSparsity(**self.config["sparsity"] | NEVER)
+        sparsity.find_attention(self.module)
 
         def step() -> None:
-            nonlocal observations
-            observations += 1
-            for attention in self.attentions:
-                attention.observe_samples = defaults.samples
+            sparsity.before_batch(len(self.batch["labels"]))
             self.step()
-            for attention in self.attentions:
-                attention.observe_samples = 0
-            found = {i: a.statistics for i, a in enumerate(self.attentions) if a.statistics is not None}
-            controller.observe(observations, found)
+            sparsity.after_batch(ends_step=True)
 
         return step
 
@@ -185,7 +168,7 @@ def run(task: Task, compiled: bool, setting: Setting, seconds: float) -> Record:
         faster = clock.faster(times, "dense, compiled", "sparse, compiled", wall=True)
         record["compiled_sparse_faster_than_compiled_dense"] = faster
     else:
-        interval = AdaptiveSparsity(density=config["sparsity"]["density"]).interval
+        interval = config["sparsity"]["interval"]
         extra = clock.faster(times, "dense, observed", "dense", wall=True)
         record["statistics_interval"] = interval
         record["statistics_share_of_dense_phase"] = None if extra is None else round((extra - 1) / interval, 4)

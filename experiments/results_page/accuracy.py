@@ -97,6 +97,7 @@ def accuracy(content: Content) -> Shown:
     grid = Grid(runs, "method", lambda run: run["summary"]["test_accuracy"]["final"])
     picture = pictures.grid(grid.values, grid.tasks, grid.methods, grid.ours, "test accuracy of the final model")
     text = [grid.table("test accuracy")]
+    text += sampling_errors(runs)
     if left_out:
         count = len(left_out)
         text.append(f"Left out: {count} runs with other settings, or on other data, than the newest of their task.")
@@ -108,6 +109,22 @@ def accuracy(content: Content) -> Shown:
     if slower:
         short.append(f"A step of ours is slower than one of the dense method, which runs by itself: {listed(slower)}.")
     return Shown(text, short, {"Test accuracy by method and task": picture})
+
+
+def sampling_errors(runs: Sequence[Run]) -> list[str]:
+    """How far a single accuracy is uncertain because the test samples are so many and no more, by task."""
+    groups: dict[tuple[str, int], list[float]] = {}
+    for run in runs:
+        samples = run.get("options", {}).get("samples", {}).get("test")
+        if samples:
+            groups.setdefault((run["task"], samples), []).append(run["summary"]["test_accuracy"]["final"])
+    said = []
+    for (task, samples), found in groups.items():
+        share = statistics.mean(found)
+        said.append(f"{task} {points(math.sqrt(share * (1 - share) / samples))} ({samples:,} samples)")
+    if not said:
+        return []
+    return [f"One standard error of a single accuracy, from the number of test samples: {', '.join(said)}."]
 
 
 def arena(content: Content) -> Shown:

@@ -69,6 +69,13 @@ def test_accuracy_by_method_and_task_and_who_is_better(tmp_path):
     assert (tmp_path / "out" / "results" / "plots" / "accuracy_small.png").stat().st_size > 10_000
 
 
+def test_the_number_of_test_samples_bounds_what_an_accuracy_says(tmp_path):
+    runs = [run("digits", "ours", seed, 0.9, options={"samples": {"test": 100}}) for seed in range(3)]
+    assert "digits 3.0 points (100 samples)" in accuracy.accuracy({"runs": runs}).text[1]
+    write(tmp_path / "in", "accuracy_small.json", {"runs": RUNS})
+    assert "standard error" not in make(tmp_path)[1]
+
+
 def test_where_ours_is_best_it_says_only_that():
     better = [run("digits", "dense", 0, 0.5, "dense"), run("digits", "ours", 0, 0.6)]
     assert accuracy.Grid(better, "method", lambda r: r["summary"]["test_accuracy"]["final"]).short() == [
