@@ -1,4 +1,4 @@
-"""Floor 7: ``python -m sat.report RUN``, what was learned, as tables and as one page."""
+"""Floor 8: ``python -m sat.report RUN``, what was learned, as tables and as one page."""
 
 from __future__ import annotations
 

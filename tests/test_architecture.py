@@ -39,9 +39,10 @@ FLOORS = {
     "estimate": 6,
     "runs": 6,
     "sections": 6,
-    "train": 7,
-    "report": 7,
-    "sat": 8,
+    "cli": 7,
+    "train": 8,
+    "report": 8,
+    "sat": 9,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sat import estimate, ops, train
+from sat import cli, estimate, ops, train
 from sat.attention import AdaptiveAttention
 from sat.estimate import Estimate, Kind
 from sat.module import ClassificationModule
@@ -118,7 +118,7 @@ def test_revisions_accumulation_and_an_endless_dense_phase(tiny: Path, capsys: p
 
 @pytest.mark.usefixtures("made_up_time")
 def test_data_that_are_prepared_for_the_first_time_do_not_count(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare, times = train.DATASETS["digits"].prepare_data, iter([1000.0])
+    prepare, times = cli.DATASETS["digits"].prepare_data, iter([1000.0])
 
     def slow(self: object) -> None:
         prepare(self)
@@ -126,7 +126,7 @@ def test_data_that_are_prepared_for_the_first_time_do_not_count(tiny: Path, monk
         offset = next(times, 0.0)
         monkeypatch.setattr(train.time, "perf_counter", lambda: clock() + offset)
 
-    monkeypatch.setattr(train.DATASETS["digits"], "prepare_data", slow)
+    monkeypatch.setattr(cli.DATASETS["digits"], "prepare_data", slow)
     found = run("--config", tiny, "--estimate", "true", "--model.attention", "dense")
     assert 0 < found["setup_seconds"] < 900
 

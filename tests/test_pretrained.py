@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from sat import train
+from sat import cli, train
 from sat.attention import AdaptiveAttention
 from sat.data import tokens
 from sat.data.pictures import read_processor
@@ -164,10 +164,10 @@ class TestRuns:
         from sklearn.metrics import f1_score
 
         summary = run("--config", mrpc)
-        args, _ = train.parse(["--config", str(mrpc)])
-        data = train._make_data(args)
+        args, _ = cli.parse(["--config", str(mrpc)])
+        data = cli.make_data(args)
         data.setup()
-        model = train._make_model(args, data)
+        model = cli.make_model(args, data)
         module = ClassificationModule(model, 2, metric="f1")
         for name, file in (("final", "last.ckpt"), ("best", "best.ckpt")):
             checkpoint = torch.load(run_folder("mrpc") / "checkpoints" / file, weights_only=True)
@@ -253,9 +253,9 @@ class TestRuns:
             assert torch.equal(tensor, weights[f"model.model.bert.{name}"]), name
         assert weights["model.model.bert.encoder.layer.0.attention.self.sat.sparse"]  # it is made sparse all the same
         torch.manual_seed(0)
-        args, _ = train.parse(["--config", str(mrpc)])
+        args, _ = cli.parse(["--config", str(mrpc)])
         train.seed_everything(args.seed, verbose=False)
-        at_first = train._make_model(args, train._make_data(args)).model.classifier.weight
+        at_first = cli.make_model(args, cli.make_data(args)).model.classifier.weight
         assert not torch.equal(at_first, weights["model.model.classifier.weight"])
 
     def test_longer_sequences_than_the_model_was_trained_for(self, mrpc, capsys):
@@ -390,7 +390,7 @@ class TestBadInput:
         assert (
             "imdb gives inputs for pretrained models only; set model.pretrained to a hub name or a folder, or" in ours
         )
-        ids = [name for name, data in train.DATASETS.items() if data.inputs == "ids"]
+        ids = [name for name, data in cli.DATASETS.items() if data.inputs == "ids"]
         assert f"choose one of {', '.join(ids)} as data.name" in ours
         assert {"digits", "yelp", "listops"} <= {*ids}
 
@@ -467,10 +467,10 @@ class TestRealModels:
         for split in ("train", "test"):
             pq.write_table(pq.read_table(data / "test.parquet").slice(0, 500), tmp_path / f"{split}.parquet")
         options = ["--data.path", str(tmp_path), "--data.cache_dir", str(tmp_path / "cache")]
-        args, _ = train.parse(["--config", "vit_cifar10", "--model.pretrained", str(model), *options])
-        module = train._make_data(args)
+        args, _ = cli.parse(["--config", "vit_cifar10", "--model.pretrained", str(model), *options])
+        module = cli.make_data(args)
         module.setup()
-        classifier = train._make_model(args, module).eval()
+        classifier = cli.make_model(args, module).eval()
         sizes = {(a.num_heads, a.seq_len) for a in classifier.modules() if isinstance(a, AdaptiveAttention)}
         assert sizes == {(4, 65)}
         with torch.no_grad():

@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from sat import checkpoints, train
+from sat import checkpoints, cli
 from sat.data import CIFAR10, DATASETS, INaturalist, YelpPolarity
 from sat.layout import BlockLayout
 from sat.models import SequenceClassifier
@@ -56,7 +56,7 @@ def refused(content: Any) -> str:
     path = Path("config.yaml")
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r".") as caught:
-        train.parse(["--config", str(path)])
+        cli.parse(["--config", str(path)])
     return str(caught.value)
 
 
@@ -82,7 +82,7 @@ class TestConfigs:
         for options in ({"window": command}, {"window": [command]}, command):
             for name in ("--model.attention_options", "--model.attention_options.window"):
                 try:
-                    arguments, _ = train.parse(["--data.name", "digits", name, json.dumps(options)])
+                    arguments, _ = cli.parse(["--data.name", "digits", name, json.dumps(options)])
                 except ValueError:
                     continue
                 for value in (arguments.model.attention_options or {}).values():
@@ -92,7 +92,7 @@ class TestConfigs:
         for text in ("{class_path: canary_module.Canary}", "{x: {class_path: canary_module.Canary}}"):
             content = {**BASE, "model": {"attention_options": {"selection": text}}}
             Path("config.yaml").write_text(yaml.safe_dump(content))
-            arguments, _ = train.parse(["--config", "config.yaml"])
+            arguments, _ = cli.parse(["--config", "config.yaml"])
             assert arguments.model.attention_options == {"selection": text}
 
     @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_every_option_is_of_a_plain_type(name: str, pretrained: bool) -> None:
         return [leaf for part in parts for leaf in leaves(part)] if parts else [hint]
 
     plain = (int, float, str, bool, type(None), timedelta)
-    for action in train.build_parser(name, pretrained)._actions:
+    for action in cli.build_parser(name, pretrained)._actions:
         hint = getattr(action, "_typehint", None)
         assert hint is None or all(leaf in plain for leaf in leaves(hint)), f"{action.dest}: {hint}"
 
@@ -190,7 +190,7 @@ class TestPickles:
 
     def test_as_a_config(self, pickled: Path) -> None:
         with pytest.raises(ValueError, match=f"{pickled} is not a config"):
-            train.parse(["--config", str(pickled)])
+            cli.parse(["--config", str(pickled)])
 
 
 def test_a_checkpoint_that_unpacks_to_a_thousandfold_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from sat import runs, train
+from sat import cli, runs, train
 from sat.layout import BlockLayout
 from sat.models import SequenceClassifier
 from sat.saving import SaveLast
@@ -285,11 +285,11 @@ def test_ctrl_c_in_the_last_step_leaves_before_the_test(tiny, monkeypatch, capsy
 
 def test_names(tiny):
     tiny.write_text("name: mine\n" + TINY)
-    args, _ = train.parse(["--config", str(tiny)])
+    args, _ = cli.parse(["--config", str(tiny)])
     assert args.name == "mine"
-    args, _ = train.parse(["--config", str(tiny), "--name", "yours"])
+    args, _ = cli.parse(["--config", str(tiny), "--name", "yours"])
     assert args.name == "yours"
-    args, _ = train.parse(["--config", "yelp", "--name", "yelp", "--data.name", "yelp"])
+    args, _ = cli.parse(["--config", "yelp", "--name", "yelp", "--data.name", "yelp"])
     assert (args.name, args.data.name) == ("yelp", "yelp")
 
 
@@ -382,12 +382,12 @@ def test_a_checkpoint_with_a_damaged_state_is_refused_by_name(tiny, monkeypatch,
 class TestConfigs:
     @pytest.mark.parametrize("path", sorted(runs.shipped_configs().glob("*.yaml")), ids=lambda p: p.stem)
     def test_every_shipped_config_is_valid_and_opens_with_its_command(self, path):
-        arguments, _ = train.parse(["--config", path.name])
+        arguments, _ = cli.parse(["--config", path.name])
         assert arguments.name == path.stem
         assert f"python -m sat.train --config {path.name}" in path.read_text()
         assert arguments.model.attention == "adaptive"
         options = arguments.data.as_dict()
-        data_set = train.DATASETS[options.pop("name")]
+        data_set = cli.DATASETS[options.pop("name")]
         if data_set.__name__ in ("INaturalist", "Retrieval"):  # no home on the hub: the user names a folder
             options["path"] = str(path.parent)
         train.AdaptiveSparsity(**arguments.sparsity.as_dict())
@@ -395,7 +395,7 @@ class TestConfigs:
             return  # tests/test_pretrained.py runs them
         data = data_set(**options)
         sizes = (data.vocab_size, data.seq_len, data.num_classes)
-        train.SequenceClassifier(*sizes, towers=data.towers, **arguments.model.as_dict())
+        cli.SequenceClassifier(*sizes, towers=data.towers, **arguments.model.as_dict())
 
     def test_the_papers_settings(self):
         # Yoon et al. 2024, hyperparameters: layers, block, density, batch, lr, warm-up, steps
@@ -406,7 +406,7 @@ class TestConfigs:
             "yelp": (4, 32, 0.05, 512, 7e-4, 80, 30_000),
         }
         for name, expected in table.items():
-            args, _ = train.parse(["--config", name])
+            args, _ = cli.parse(["--config", name])
             found = (
                 args.model.num_layers,
                 args.model.block_size,
@@ -436,9 +436,9 @@ class TestConfigs:
             "yelp_paper": (2, 1024, 4, 0.05, 512, 7e-4, 80, 30_000, 1.3),
         }
         for name, (classes, length, layers, density, batch, lr, warmup, steps, theta) in table.items():
-            args, _ = train.parse(["--config", name])
+            args, _ = cli.parse(["--config", name])
             options = args.data.as_dict()
-            data = train.DATASETS[options.pop("name")](**{**options, "path": "anywhere"})
+            data = cli.DATASETS[options.pop("name")](**{**options, "path": "anywhere"})
             assert (data.num_classes, data.seq_len, data.batch_size) == (classes, length, batch)
             model, sparsity, trainer = args.model, args.sparsity, args.trainer
             assert (model.attention, model.num_layers, model.block_size) == ("adaptive", layers, 32)
@@ -462,14 +462,14 @@ class TestConfigs:
             assert (trainer.gradient_clip_val, trainer.gradient_clip_algorithm) == (1.0, "value")
 
     def test_two_machines_see_the_samples_of_one_process(self):
-        one, many = (train.parse(["--config", name])[0] for name in ("cifar10", "cifar10_ddp"))
+        one, many = (cli.parse(["--config", name])[0] for name in ("cifar10", "cifar10_ddp"))
         assert many.trainer.num_nodes * many.trainer.devices * many.data.batch_size == one.data.batch_size
         assert (many.trainer.strategy, many.process_timeout) == ("ddp", 600)
         for section in ("model", "optimizer", "sparsity"):
             assert many[section] == one[section]
 
     def test_overrides_come_after_the_config(self):
-        args, _ = train.parse(["--config=cifar10.yaml", "--sparsity.density", "0.1", "--data.path", "DIR"])
+        args, _ = cli.parse(["--config=cifar10.yaml", "--sparsity.density", "0.1", "--data.path", "DIR"])
         assert (args.sparsity.density, args.data.path, args.data.batch_size) == (0.1, "DIR", 256)
 
     def test_help_explains_every_section(self, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import accuracy, accuracy_settings, accuracy_show
-from sat import train
+from sat import cli, train
 from sat.saving import SaveLast
 
 DIGITS = ["--tasks", "digits", "--seeds", "0", "--steps", "20"]
@@ -116,7 +116,7 @@ class TestSettings:
         for task, method in [("cifar10", m) for m in accuracy_settings.METHODS] + [(task, "sat") for task in tasks]:
             own = accuracy_settings.overrides(scale, task, method, 1000, {})
             run = accuracy.Run(task, method, 0, own, {}, None, None)
-            args, _ = train.parse(run.command(Path("nowhere"))[3:])
+            args, _ = cli.parse(run.command(Path("nowhere"))[3:])
             assert args.model.attention == own["model.attention"]
 
 

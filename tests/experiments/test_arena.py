@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import accuracy, accuracy_settings, arena, record
-from sat import train
+from sat import cli
 from sat.runs import shipped_configs
 
 SHORT = ["--seeds", "0", "1"]
@@ -52,7 +52,7 @@ def test_the_training_takes_every_setting(scale, task, method):
     known = accuracy_settings.ARENA[task]
     own = accuracy_settings.overrides(scale, task, method, known.small_steps if scale == "small" else None, {})
     run = accuracy.Run(task, method, 0, own, {}, None, None)
-    args, _ = train.parse(run.command(Path("nowhere"))[3:])
+    args, _ = cli.parse(run.command(Path("nowhere"))[3:])
     assert args.model.attention == {"sat": "adaptive", "window": "structure"}.get(method, "dense")
     config = accuracy_settings.flat(accuracy_settings.read_config(shipped_configs() / known.config))
     changed = {name for name, value in own.items() if name in config and config[name] != value}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import length, memory
-from sat import train
+from sat import cli
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_a_layout_is_measured_with_all_its_indices():
 @pytest.mark.parametrize("name", length.TRAINING)
 def test_the_training_takes_the_settings(monkeypatch, name):
     def execute(command, log, environment):
-        args, _ = train.parse(command[3:])
+        args, _ = cli.parse(command[3:])
         assert (args.trainer.max_steps, args.data.image_size, args.data.batch_size) == (length.STEPS, 128, 1)
         log.write_text("first\nno memory is left\n")
         return 1

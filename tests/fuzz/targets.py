@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertModel
 
-from sat import checkpoints, runs, train
+from sat import checkpoints, cli, runs, train
 from sat.data import CIFAR10, YelpPolarity
 from sat.integrations import transformers as integration
 from sat.layout import BlockLayout
@@ -257,13 +257,13 @@ class Config(Kind):
     def __init__(self, folder: Path) -> None:
         shipped = [path.read_bytes() for path in sorted(runs.shipped_configs().glob("*.yaml"))]
         self.seeds = [CONFIG.encode(), *shipped]
-        train.build_parser = functools.cache(train.build_parser)  # type: ignore[assignment]  most of the time goes there
+        cli.build_parser = functools.cache(cli.build_parser)  # type: ignore[assignment]  most of the time goes there
 
     def mutate(self, data: bytes, rng: Random) -> bytes:
         return mutations.config(data, rng)
 
     def read(self, path: Path) -> None:
-        train.parse(["--config", str(path)])
+        cli.parse(["--config", str(path)])
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat import report, train
+from sat import cli, report, train
 from sat.attention import AdaptiveAttention
 from sat.layout import BlockLayout
 from sat.scaling import scale_layout
@@ -50,7 +50,7 @@ def weights(checkpoint: dict) -> dict[str, torch.Tensor]:
 def begun(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> train.Run:
     """A run as it stands before its first step."""
     monkeypatch.chdir(folder)
-    return train.Run(*train.parse([*COMMAND, *map(str, arguments)]), train.Console())
+    return train.Run(*cli.parse([*COMMAND, *map(str, arguments)]), train.Console())
 
 
 @pytest.mark.parametrize(("source", "attention"), [("sparse", "dense"), ("dense", "adaptive"), ("sparse", "adaptive")])
@@ -246,7 +246,7 @@ def test_pictures_are_stretched_along_both_sides(tmp_path: Path, monkeypatch: py
     train.main([*map(str, [*small, *size])])
     (folder,) = (tmp_path / "runs" / "digits").iterdir()
     options = [*small, "--data.image_size", 16, "--model.block_size", 16, "--trainer.max_steps", 2]
-    run = train.Run(*train.parse([*map(str, options), "--init_from", str(folder)]), train.Console())
+    run = train.Run(*cli.parse([*map(str, options), "--init_from", str(folder)]), train.Console())
     learned = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     name = "model.encoder.positions"
     before, after = learned[name].unflatten(0, (8, 8)), run.module.state_dict()[name].unflatten(0, (16, 16))

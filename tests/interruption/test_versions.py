@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat import train
+from sat import cli, train
 from sat.layout import BlockLayout
 from sat.module import CHECKPOINT_VERSION
 from sat.sparsity.phases import STATE_VERSION
@@ -55,7 +55,7 @@ class TestEarlier:
     def test_weights_of_the_checkpoint(self, release: Path, place: Path):
         path = release / "last.ckpt"
         arguments = [*COMMAND, *write.SMALL, "--init_from", str(path)]
-        run = train.Run(*train.parse(arguments), train.Console())
+        run = train.Run(*cli.parse(arguments), train.Console())
         saved = torch.load(path, weights_only=True)["state_dict"]
         assert all(torch.equal(saved[name], parameter) for name, parameter in run.module.named_parameters())
 
