@@ -115,9 +115,7 @@ class Rehearsal(Callback):
             assert controller is not None
             if not self.sparsity.all_sparse:
                 self.most = controller.max_dense_steps
-                # Choices can agree from when there is one to compare with.
-                rule = controller.criterion
-                first = self.interval * (1 if rule.agreement is None else rule.agreement_lag + 1)
+                first = self.interval * controller.criterion.least_observations
                 if self.most is not None:
                     first = min(first, max(self.most, self.interval))
                 self.least = max(controller.min_dense_steps, first)
@@ -297,9 +295,13 @@ def measure(
         num_sanity_val_steps=0,
     )
     # The switch is forced here, and needs no explanation.
-    logging.getLogger("sat.sparsity").setLevel(logging.ERROR)
-    with _fitting(lambda: f"{rehearsal.phase} training", data, module, rehearsed, "batch_size"):
-        rehearsed.fit(module, datamodule=data)
+    said, before = logging.getLogger("sat.sparsity"), logging.getLogger("sat.sparsity").level
+    said.setLevel(logging.ERROR)
+    try:
+        with _fitting(lambda: f"{rehearsal.phase} training", data, module, rehearsed, "batch_size"):
+            rehearsed.fit(module, datamodule=data)
+    finally:
+        said.setLevel(before)
     layouts = [] if sparsity is None else [*sparsity.layouts.values()]
     batches = {
         "validation": _limited(len(data.val_dataloader()), planned.limit_val_batches),

@@ -144,7 +144,8 @@ class Run:
             options |= self._spion(args.trainer, options["interval"])
             if options["max_dense_steps"] is not None:
                 # It looks rarely, and compares what it has seen; a bound that is meant for SAT would come before that.
-                options["max_dense_steps"] = max(options["max_dense_steps"], 10 * options["interval"])
+                most = min(10 * options["interval"], max(args.trainer.max_steps, 0) // 2)
+                options["max_dense_steps"] = max(options["max_dense_steps"], most)
         return AdaptiveSparsity(**options, seed=args.seed)
 
     def _carry(self, learned: checkpoints.Learned, wanted: bool | None) -> list[tuple[BlockLayout, BlockLayout]]:

@@ -17,7 +17,7 @@ TINY = """
 data: {name: digits, image_size: 8, batch_size: 16, train_samples: 128, eval_samples: 40}
 model: {num_layers: 2, width: 16, num_heads: 2, mlp_dim: 16, dropout: 0.1, block_size: 8}
 optimizer: {lr: 3.0e-3, warmup_steps: 3}
-sparsity: {density: 0.3, theta: 1.5, delta: 1.0, interval: 5, samples: 4, min_dense_steps: 7, max_dense_steps: 15}
+sparsity: {density: 0.3, agreement: 0.9, agreement_lag: 1, interval: 5, samples: 4, max_dense_steps: 15}
 trainer: {max_steps: 40, accelerator: cpu, val_check_interval: 7, check_val_every_n_epoch: null, log_every_n_steps: 5}
 """
 
@@ -80,7 +80,7 @@ def test_the_phases_are_told_apart_and_nothing_is_left(tiny: Path, capsys: pytes
     assert kinds["dense"]["extra_seconds"] == 99  # the first call
     assert all(cost["peak_mib"] > 100 for cost in kinds.values())
     assert (found["steps"], found["validations"], found["batches"]) == (40, 5, {"validation": 3, "test": 3})
-    assert found["dense_steps"] == (7, 15)
+    assert found["dense_steps"] == (10, 15)
     assert found["forced"]
     assert found["density"] == 19 / 64
     tests = found["test_seconds"]
@@ -88,7 +88,7 @@ def test_the_phases_are_told_apart_and_nothing_is_left(tiny: Path, capsys: pytes
     checkpoints = found["saves"] * found["checkpoint_seconds"]
     training = [
         99 + dense * (2 + 20 / 5) + (40 - dense) * 0.5 + 5 * 3 * (dense * 2 + (40 - dense) * 0.5) / 40
-        for dense in (7, 15)
+        for dense in (10, 15)
     ]
     expected = [t + test + found["setup_seconds"] + checkpoints for t, test in zip(training, tests, strict=True)]
     assert found["total_seconds"] == pytest.approx(expected)
@@ -96,7 +96,7 @@ def test_the_phases_are_told_apart_and_nothing_is_left(tiny: Path, capsys: pytes
     for text in (
         "dense, observed",
         "one step in 5 is observed",
-        "40 steps, 7 of them dense",
+        "40 steps, 10 of them dense",
         "in all:",
         "0.297 of the",
     ):
@@ -112,8 +112,23 @@ def test_revisions_accumulation_and_an_endless_dense_phase(tiny: Path, capsys: p
     assert milliseconds["dense"] == 4000
     assert milliseconds["dense, observed"] == 24000  # the first 4 samples, of the first batch
     assert milliseconds["sparse, observed"] == milliseconds["sparse"] == 1000
-    assert found["dense_steps"] == (7, 40)
+    assert found["dense_steps"] == (10, 40)
     assert "max_dense_steps is null" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("made_up_time")
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        (["--sparsity.patience", 2], 15),
+        (["--sparsity.min_dense_steps", 17], 17),
+        (["--sparsity.agreement", "null"], 15),  # a change is known after three observations
+        (["--sparsity.agreement_lag", 9], 20),  # forced before
+    ],
+)
+def test_the_dense_phase_lasts_until_its_rule_can_be_met(tiny: Path, options: list[object], least: int) -> None:
+    found = run("--config", tiny, "--estimate", "true", "--sparsity.max_dense_steps", 20, *options)
+    assert found["dense_steps"] == (least, 20)
 
 
 @pytest.mark.usefixtures("made_up_time")

@@ -104,6 +104,8 @@ def accuracy(content: Content) -> Shown:
     rows, slower = costs(runs, grid.ours)
     header = ["task", "method", "blocks kept", "dense phase, step ms", "step ms", "peak MiB", "training s"]
     table = markdown(header, rows, left=(0, 1))
+    if "--jobs" in content.get("command", ""):
+        table += "\n\nRuns went on beside each other, on shared cores: no measure of how fast a method is."
     text.append(f"<details><summary>What a run costs (medians)</summary>\n\n{table}\n\n</details>")
     short = grid.short()
     if slower:

@@ -81,7 +81,8 @@ class SparsityController:
         causal: only blocks of the lower triangle.
         share_budget: count the budget over all layers and heads together instead of for each layout.
         by_offset: choose blocks by their offset from the diagonal, and for heads by turns on either side of it, see
-            :func:`offset_scores`, of all layers that leave together; instead of one by one, as revisions do.
+            :func:`offset_scores`, from the scores of all layers that a choice is made for; instead of one by one, as
+            revisions do.
         revise_interval: once all layers are sparse, swap blocks at the first observation that is so many steps after
             the switch or the revision before; see :func:`revise_blocks`. None: layouts stay as they are. Needs
             ``mask="fisher"``.

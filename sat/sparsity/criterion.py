@@ -76,6 +76,12 @@ class Criterion:
                 f"patience must be at least 1 observation, got {self.patience}; 1 lets a single observation decide"
             )
 
+    @property
+    def least_observations(self) -> int:
+        """Of which the last is the first at which a layer can be ready."""
+        known = self.agreement_lag + 1 if self.agreement is not None else 3  # a choice to compare with; a change
+        return known + self.patience - 1
+
     def judge(self, history: LayerHistory, streak: int = 0, agreement: float | None = None) -> Verdict:
         """Judge a layer after its latest observation.
 

@@ -24,6 +24,7 @@ class Guard:
     def reset(self) -> None:
         """Begin anew."""
         self.best_dense_loss, self.latest_loss, self.worse = math.inf, math.nan, 0
+        self._has_said = False
 
     @property
     def alarmed(self) -> bool:
@@ -45,7 +46,8 @@ class Guard:
         if self.margin is None:
             return
         if self.best_dense_loss == math.inf:
-            if says:
+            if says and not self._has_said:
+                self._has_said = True
                 logger.warning(
                     "guard=%g does nothing: there was no validation in the dense phase to compare with; validate more "
                     "often, or raise min_dense_steps", self.margin,

@@ -1,8 +1,7 @@
 """Floor 2: blocks by their offset from the diagonal, as young attention can tell no more of them.
 
 In the first tenth of a training single blocks hardly differ but by how popular their keys are. What they have in common
-along a diagonal does stand out, for it is a mean over all of it, over heads and layers: on text the neighbours, on
-pictures read row by row the pixels above and below.
+along a diagonal can stand out before, for it is a mean over all of it, over heads and layers.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from torch import Tensor
 # An offset counts for what it is worth beyond so many standard errors of its mean: of the 2 N - 1 offsets of a young
 # model, some lie two away from 1 by chance, the far ones above all, which have few blocks.
 STANDARD_ERRORS = 3.0
+# Median of the square of a standard normal variable.
+MEDIAN_SQUARE = 0.4549364
 
 
 def offset_scores(scores: Tensor, *, num_heads: int, causal: bool = False) -> Tensor:
@@ -21,7 +22,8 @@ def offset_scores(scores: Tensor, *, num_heads: int, causal: bool = False) -> Te
     Each score is compared with what the popularity of its row and its column makes one expect: a key that everybody
     depends on tells nothing of who depends on whom. What an offset is worth is the sum of its scores over the sum of
     what was expected, over all layouts, drawn towards 1 by three standard errors (soft thresholding). Of offsets that
-    do not stand out, the nearer ones are preferred; of the blocks of one offset, those of the larger scores.
+    do not stand out, the nearer ones are preferred. Where a budget ends within an offset, its blocks are taken evenly
+    along the diagonal: by their scores, they would be those of popular keys, and others with each observation.
 
     Where a layer has several layouts, those of its heads 0, 2, 4 ... prefer the blocks on and before the diagonal,
     whatever the others are worth, and heads 1, 3, 5 ... those on and after it: with the same blocks for all, a layer
@@ -43,7 +45,7 @@ def offset_scores(scores: Tensor, *, num_heads: int, causal: bool = False) -> Te
     offset = column - (row if causal else row * columns // rows)
     allowed = (offset <= 0 if causal else torch.ones_like(offset, dtype=torch.bool)).double()
 
-    # Layout by layout: on large grids a copy of all of them takes gigabytes.
+    # Layout by layout: on large grids each copy of all of them takes gigabytes.
     found, expected = (torch.zeros(rows, columns, dtype=torch.float64, device=scores.device) for _ in range(2))
     for each in scores:
         share = each.double().clamp(min=0) * allowed
@@ -53,25 +55,38 @@ def offset_scores(scores: Tensor, *, num_heads: int, causal: bool = False) -> Te
 
     place = (offset - offset.min()).flatten()
     nothing = torch.zeros(int(place.max()) + 1, dtype=torch.float64, device=scores.device)
-    weight = nothing.index_add(0, place, expected.flatten())
+
+    def along(values: Tensor) -> Tensor:
+        return nothing.index_add(0, place, values.flatten())
+
+    weight = along(expected)
     known = weight > 0
-    worth = torch.where(known, nothing.index_add(0, place, found.flatten()) / weight.where(known, weight + 1), 1.0)
-    # Of one variance in units of what is expected: an offset of few blocks says nothing of its own.
-    off = found - worth[place].view(rows, columns) * expected
+    weight = weight.where(known, 1.0)
+    worth = torch.where(known, along(found) / weight, 1.0)
+    # The larger of two errors. By how much blocks lie apart anywhere, as a share of what is expected of them, for a few
+    # blocks cannot tell. And by how much those of the offset do: one that is worth a lot does not speak for the others.
+    apart = (found - worth[place].view(rows, columns) * expected).square()
     sure = expected > 0
-    variance = torch.where(sure, off.square() / expected.where(sure, expected + 1), 0.0).sum() / sure.sum().clamp(min=1)
-    error = (variance / weight.where(known, weight + 1)).sqrt()
+    typical = (apart[sure] / expected[sure].square()).median() / MEDIAN_SQUARE if sure.any() else nothing.sum()
+    error = torch.maximum(typical * along(expected.square()), along(apart)).sqrt() / weight
     effect = worth - 1
     worth = 1 + effect.sign() * (effect.abs() - STANDARD_ERRORS * error).clamp(min=0)
 
     near = worth[place].view(rows, columns) - 1e-6 * offset.abs() / (rows + columns)
-    largest = scores.amax((1, 2), keepdim=True).double().clamp(min=torch.finfo(torch.float64).tiny)
-    by_offset = near + 1e-12 * scores.double().clamp(min=0) / largest
-    if num_heads > 1 and not causal:
-        for head in range(layouts):
-            away = offset < 0 if head % num_heads % 2 else offset > 0
-            by_offset[head] -= (1 + worth.abs().max()) * away
-    return by_offset
+    by_offset = near - 1e-12 * _evenly(rows, scores.device)[:, None]
+    if num_heads == 1 or causal:
+        return by_offset.repeat(layouts, 1, 1)
+    ahead, back = (by_offset - (1 + worth.abs().max()) * away for away in (offset < 0, offset > 0))
+    return torch.stack((back, ahead))[torch.arange(layouts, device=scores.device) % num_heads % 2]
+
+
+def _evenly(count: int, device: torch.device) -> Tensor:
+    """Numbers from 0 to 1 of which the smallest, however many, lie evenly: 0, 1/2, 1/4, 3/4 ... (van der Corput)."""
+    left, found = torch.arange(count, device=device), torch.zeros(count, dtype=torch.float64, device=device)
+    for power in range(1, count.bit_length() + 1):
+        found += left % 2 / 2**power
+        left = left // 2
+    return found
 
 
 def _by_popularity(share: Tensor, allowed: Tensor) -> Tensor:

@@ -299,6 +299,10 @@ def test_spion_switches_by_its_own_rules(tiny, capsys):
     assert [t["step"] for t in summary["transitions"]] == [6, 6]  # at the third evaluation
     summary = train.main([*command, "--model.attention_options.change", "1e-6"])
     assert "distance still changes" in summary["not_switched"]["0"]
+    # A bound that is meant for SAT is put off, for ten evaluations or half of the steps.
+    summary = train.main([*command, "--model.attention_options.change", "1e-6", "--sparsity.max_dense_steps", "1"])
+    steps = summary["steps"]
+    assert [t["step"] for t in summary["transitions"]] == [min(20, steps // 2)] * 2
     # SAT's own settings of the criterion stay outside, and steps are counted, not batches.
     other = ["--sparsity.patience", "9", "--sparsity.per_layer", "true", "--sparsity.min_dense_steps", "19"]
     other += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "4"]

@@ -79,6 +79,7 @@ def test_trains_densely_then_sparsely(tmp_path, caplog, mask):
         trainer.train()
     assert [(t.layer, t.step) for t in callback.transitions] == [(0, 6), (1, 6)]
     assert "layer 1 is sparse from step 6 on: density 0.444" in caplog.text
+    assert not callback.controller.by_offset  # which is for models that begin from nothing
     assert len(callback.layouts) == 2
     for layout in callback.layouts.values():
         assert layout.shape == (6, 6)

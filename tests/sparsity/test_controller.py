@@ -95,26 +95,26 @@ def test_fisher_keeps_what_the_loss_depends_on_most_in_all_layers_together():
 
 
 def test_by_offset_the_layers_choose_together_and_heads_look_back_and_ahead_by_turns():
-    # Layer 0 depends on what is two blocks away, layer 1 on one key, whoever asks.
-    first = torch.ones(2, 4, 4) + (torch.arange(4)[:, None] - torch.arange(4)).abs().eq(2)
-    second = torch.ones(2, 4, 4) + 9 * torch.arange(4).eq(1)
-    made = controller(mask="fisher", per_head=True, by_offset=True, max_dense_steps=1, density=6 / 16, keep_scores=True)
-    transitions = made.observe(1, {0: sensitive(first), 1: sensitive(second)})
-    back = torch.eye(4).bool() | torch.eye(4).bool().roll(2, 0).tril()
-    for transition in transitions:
+    # Layer 0 depends on what is three blocks away, layer 1 on one key, whoever asks.
+    wide = {"grid": (12, 12), "block_size": 1, "lengths": (12, 12)}
+    settings = wide | {"mask": "fisher", "per_head": True, "max_dense_steps": 1, "density": 21 / 144}
+    three = (torch.arange(12)[:, None] - torch.arange(12)).abs().eq(3)
+    first, second = torch.ones(2, 12, 12) + 3 * three, torch.ones(2, 12, 12) + 9 * torch.arange(12).eq(1)
+    observed = {n: sensitive(found, pooled=torch.full((2, 12, 12), 1 / 144)) for n, found in enumerate((first, second))}
+    observed = {n: each._replace(score_matrix=torch.zeros(12, 12)) for n, each in observed.items()}
+    back = torch.eye(12).bool() | three.tril()
+    for transition in controller(**settings, by_offset=True).observe(1, observed):
         assert torch.equal(transition.layout.mask, torch.stack([back, back.mT]))
     # One by one, layer 1 would have taken the key.
-    alone = controller(mask="fisher", per_head=True, max_dense_steps=1, density=6 / 16)
-    assert alone.observe(1, {0: sensitive(first), 1: sensitive(second)})[1].layout.mask[:, :, 1].sum() > 4
+    alone = controller(**settings)
+    assert alone.observe(1, observed)[1].layout.mask[:, :, 1].sum() > 12
     # More blocks of the same kind.
-    wide = controller(
-        mask="fisher", per_head=True, by_offset=True, max_dense_steps=1, density=3 / 16, keep_scores=True,
-        keep_diagonal=False, min_blocks_per_row=0,
-    )  # fmt: skip
-    wide.observe(1, {0: sensitive(first), 1: sensitive(second)})
-    wide.add_blocks(5)
-    for layout in wide.layouts:
-        assert layout.nnz == 2 * 6
+    narrow = settings | {"density": 9 / 144, "keep_scores": True, **BARE}
+    made = controller(**narrow, by_offset=True)
+    made.observe(1, observed)
+    made.add_blocks(5)
+    for layout in made.layouts:
+        assert layout.nnz == 2 * 18
         assert not layout.mask[0].triu(1).any()
         assert not layout.mask[1].tril(-1).any()
 
@@ -133,6 +133,47 @@ def test_by_offset_heads_that_share_a_layout_look_both_ways():
     near = torch.ones(2, 4, 4) + (torch.arange(4)[:, None] - torch.arange(4)).abs().eq(1)
     (transition, _) = made.observe(1, {0: sensitive(near), 1: sensitive(near)})
     assert torch.equal(transition.layout.mask[0], (torch.arange(4)[:, None] - torch.arange(4)).abs() <= 1)
+
+
+def test_by_offset_heads_of_a_causal_model_all_look_back():
+    near = torch.ones(2, 4, 4) + (torch.arange(4)[:, None] - torch.arange(4)).abs().eq(1)
+    made = controller(mask="fisher", per_head=True, by_offset=True, causal=True, max_dense_steps=1, density=7 / 10)
+    (transition, _) = made.observe(1, {n: sensitive(near) for n in range(2)})
+    expected = torch.ones(4, 4).tril().triu(-1).bool()
+    assert torch.equal(transition.layout.mask, torch.stack([expected, expected]))
+
+
+@pytest.mark.parametrize("density", [0.04, 0.05, 0.1])
+def test_by_offset_what_says_nothing_settles_at_once(density):
+    # A budget that ends within an offset: what is taken of it must not be drawn anew with each observation.
+    made = SparsityController(
+        2, 2, (32, 32), 1, (32, 32),
+        mask="fisher", per_head=True, by_offset=True, agreement=0.9, agreement_lag=3, density=density,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    even = torch.full((2, 32, 32), 1 / 1024)
+    for step in range(1, 5):
+        observed = {n: sensitive(torch.rand(2, 32, 32, generator=generator) + 0.5, pooled=even) for n in range(2)}
+        transitions = made.observe(step, observed)
+    assert [t.step for t in transitions] == [4, 4]
+    for transition in transitions:
+        back, ahead = transition.layout.mask
+        assert back.sum() == ahead.sum() == int(density * 1024)
+        assert back.triu(1).sum() == back.tril(-4).sum() == 0
+        assert ahead.tril(-1).sum() == ahead.triu(4).sum() == 0
+
+
+@pytest.mark.parametrize("settings", [{"share_budget": True}, {"per_layer": True}, {"keep_first_tokens": 1}])
+def test_by_offset_goes_together_with(settings):
+    near = torch.ones(2, 4, 4) + (torch.arange(4)[:, None] - torch.arange(4)).abs().eq(1)
+    made = controller(mask="fisher", per_head=True, by_offset=True, max_dense_steps=1, density=7 / 16, **settings)
+    for transition in made.observe(1, {n: sensitive(near) for n in range(2)}):
+        expected = torch.ones(4, 4).tril().triu(-1).bool()
+        if "keep_first_tokens" in settings:
+            assert transition.layout.mask[:, 0].all()
+            assert transition.layout.mask[:, :, 0].all()
+        else:
+            assert torch.equal(transition.layout.mask, torch.stack([expected, expected.mT]))
 
 
 def test_fisher_adds_the_heads_that_share_a_layout():

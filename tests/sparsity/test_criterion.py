@@ -55,6 +55,19 @@ def test_attention_that_suddenly_moves_has_not_settled():
     assert verdict.missing == "distance still changes by inf % >= 1.30 %"
 
 
+@pytest.mark.parametrize("settings", [{}, {"patience": 3}, {"agreement": 0.5, "agreement_lag": 2, "patience": 2}])
+def test_the_least_number_of_observations(settings):
+    criterion = Criterion(**settings, theta=None, delta=1e9)
+    history, streak = LayerHistory(0.0), 0
+    for seen in range(1, 10):
+        history.update(torch.full((4, 4), float(seen)), 1.0)
+        verdict = criterion.judge(history, streak, 1.0 if seen > criterion.agreement_lag else None)
+        streak = verdict.streak
+        if verdict.met:
+            break
+    assert seen == criterion.least_observations
+
+
 def test_patience_counts_observations_in_a_row():
     criterion = Criterion(patience=3)
     good, bad = history_of([2.0] * 3, [1.0, 1.0]), history_of([1.0] * 3, [1.0, 1.0])

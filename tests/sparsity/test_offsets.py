@@ -1,5 +1,5 @@
 import math
-from statistics import mean
+from statistics import NormalDist, median_low
 
 import pytest
 import torch
@@ -37,8 +37,12 @@ def by_hand(scores, causal=False):
     lines = {o: [p for p in allowed if p[1] - p[0] == o] for o in range(1 - rows, columns)}
     weight = {o: sum(expected[p] for p in line) for o, line in lines.items() if line}
     worth = {o: sum(found[p] for p in lines[o]) / weight[o] for o in weight}
-    variance = mean((found[p] - worth[p[1] - p[0]] * expected[p]) ** 2 / expected[p] for p in allowed)
-    return {o: (worth[o], math.sqrt(variance / weight[o])) for o in weight}
+    apart = {p: (found[p] - worth[p[1] - p[0]] * expected[p]) ** 2 for p in allowed}
+    # The median of the square of a normal variable is .6745 ** 2 times its variance.
+    typical = median_low(apart[p] / expected[p] ** 2 for p in allowed) / NormalDist().inv_cdf(0.75) ** 2
+    anywhere = {o: typical * sum(expected[p] ** 2 for p in lines[o]) for o in weight}
+    own = {o: sum(apart[p] for p in lines[o]) for o in weight}
+    return {o: (worth[o], math.sqrt(max(anywhere[o], own[o])) / weight[o]) for o in weight}
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -121,11 +125,36 @@ def test_where_nothing_is_known_near_blocks_are_kept():
         assert torch.equal(kept[0], away(8, 8).abs() <= 1)
 
 
-def test_part_of_an_offset_is_its_blocks_of_the_largest_scores():
-    scores = torch.ones(1, 8, 8).double() * (1 + 0.5 * (away(8, 8) == 1))
-    scores[0, 5, 6] += 0.01
-    kept = select_blocks(offset_scores(scores, num_heads=1), density=9 / 64)
-    assert torch.equal(kept[0].nonzero(), torch.tensor([*[[i, i] for i in range(6)], [5, 6], [6, 6], [7, 7]]))
+def test_a_single_block_does_not_speak_for_its_offset():
+    scores = 1 + 0.3 * torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(5)).double()
+    scores[0, 3, 20] = 40
+    kept = select_blocks(offset_scores(scores, num_heads=1), density=94 / 1024)
+    assert torch.equal(kept, (away(32, 32).abs() <= 1).expand(2, 32, 32))
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.6, 1.0])
+def test_chance_seldom_stands_out_however_scores_are_spread(sigma):
+    generator = torch.Generator().manual_seed(6)
+    found = 0
+    for _ in range(40):
+        scores = popular(32, 32, seed=1) * (sigma * torch.randn(4, 32, 32, generator=generator).double()).exp()
+        kept = select_blocks(offset_scores(scores, num_heads=1), density=94 / 1024)
+        found += not torch.equal(kept, (away(32, 32).abs() <= 1).expand(4, 32, 32))
+    assert found <= 8  # 63 offsets in each
+
+
+@pytest.mark.parametrize("budget", [8, 12, 16, 24])
+def test_part_of_an_offset_is_taken_evenly_whatever_its_scores(budget):
+    first, second = (torch.rand(2, 33, 33, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    density = (33 + budget) / 33**2
+    kept = select_blocks(offset_scores(first, num_heads=2), density=density)
+    assert torch.equal(kept, select_blocks(offset_scores(second, num_heads=2), density=density))
+    for layout, direction in zip(kept, (-1, 1), strict=True):
+        assert layout.diagonal().all()
+        places = layout.diagonal(direction).nonzero().flatten()
+        assert len(places) == budget
+        gaps = places.diff(prepend=torch.tensor([-1]), append=torch.tensor([32]))
+        assert gaps.max() <= 2 * math.ceil(33 / (budget + 1)), gaps
 
 
 def test_padding_that_nobody_depends_on_changes_nothing():
@@ -137,8 +166,13 @@ def test_padding_that_nobody_depends_on_changes_nothing():
     assert torch.equal(kept, (away(8, 8).abs() == 2) | (away(8, 8) == 0))
 
 
-def test_grids_that_are_not_square():
-    found = offset_scores(torch.rand(2, 4, 9, generator=torch.Generator().manual_seed(0)), num_heads=2)
-    assert found.shape == (2, 4, 9)
-    assert found.isfinite().all()
-    assert select_blocks(found, density=0.3).sum((1, 2)).tolist() == [10, 10]
+def test_grids_that_are_not_square_have_their_diagonal_from_corner_to_corner():
+    found = offset_scores(torch.ones(2, 4, 9), num_heads=2)
+    kept = select_blocks(found, density=8 / 36, keep_diagonal=False, min_blocks_per_row=0)
+    diagonal = torch.tensor([0, 2, 4, 6])  # 9 columns to 4 rows
+    for layout, direction in zip(kept, (-1, 1), strict=True):
+        expected = {(row, int(column)) for row, column in enumerate(diagonal)}
+        expected |= {(row, int(column) + direction) for row, column in enumerate(diagonal)} - {(0, -1)}
+        places = {(row, column) for row, column in layout.nonzero().tolist()}
+        assert expected <= places
+        assert len(places - expected) == 8 - len(expected)
