@@ -85,4 +85,6 @@ def test_what_is_rendered_is_the_notebook(name, project_root):
         assert f"```python\n{cell}\n```" in text, "run it anew: CONTRIBUTING.md, Numbers"
     pictures = re.findall(r"!\[.+\]\((.+)\)", text)
     assert sorted(pictures) == sorted(f"{name}_files/{p.name}" for p in rendered.with_name(f"{name}_files").iterdir())
+    assert "![png]" not in text  # each says what it shows
+    assert "Warning" not in text
     assert sum((rendered.parent / picture).stat().st_size for picture in pictures) + len(text) < 300_000
