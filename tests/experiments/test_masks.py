@@ -42,6 +42,11 @@ def test_every_rule_keeps_a_tenth_of_the_blocks(name, seen):
     assert kept.dtype == torch.bool
     if rule.shared:
         assert kept.sum() == int(kept.numel() * DENSITY)
+    elif rule.coverage:
+        assert 0 <= int(kept.numel() * DENSITY) - kept.sum() < kept.shape[0] * kept.shape[1]
+        mass = seen.mean(rule.scores)
+        shares = (mass * kept).sum((2, 3)) / mass.sum((2, 3))
+        assert shares.max() - shares.min() < 0.02
     else:
         assert (kept.sum((2, 3)) == COUNT).all()
     if rule.diagonal:
@@ -55,16 +60,6 @@ def test_windows_are_the_blocks_nearest_to_the_diagonal(seen):
     window = chosen(masks.RULES["window"], seen)
     assert window[:, :, away <= 1].all()
     assert (away.expand(SHAPE)[window] <= 2).all()
-    half = chosen(masks.RULES["sensitivity, half window"], seen)
-    near = (away == 0) | (away == 1)
-    assert (half & near).sum((2, 3)).min() >= COUNT // 2
-    others = half & ~near
-    scores = seen.mean("sensitivity")
-    for layer in range(masks.LAYERS):
-        for head in range(masks.HEADS):
-            mine = scores[layer, head]
-            left_out = mine[~half[layer, head]]
-            assert mine[others[layer, head]].min() >= left_out.max()
 
 
 def test_the_relation_divides_by_what_rows_and_columns_have(seen):
@@ -131,10 +126,10 @@ def command(tmp_path, *arguments):
 
 
 def test_a_table_of_what_has_been_measured(tmp_path):
-    settings = {"steps": 1000, "density": 0.1}
+    settings = {"steps": 500, "density": 0.1}
     run = {"task": "digits", "captured_mass": 0.1, "best_mass": 0.2, "settings": settings}
     runs = [{**run, "rule": "mass", "seed": seed, "accuracy": accuracy} for seed, accuracy in enumerate((0.5, 0.7))]
-    runs.append({**run, "rule": "mass", "seed": 0, "accuracy": 0.1, "settings": {"steps": 500, "density": 0.1}})
+    runs.append({**run, "rule": "mass", "seed": 0, "accuracy": 0.1, "settings": {"steps": 1000, "density": 0.1}})
     (tmp_path / "masks.json").write_text(json.dumps({"runs": runs}))
     done = command(tmp_path, "--table")
     assert done.returncode == 0
