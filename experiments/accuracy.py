@@ -60,6 +60,7 @@ class Data(NamedTuple):
     path: Path | None
     samples: dict[str, int]
     seq_len: int
+    most_frequent: float  # share of the test samples that are of the most frequent class
 
 
 def prepare(task: str, options: Settings, folder: Path | None) -> Data:
@@ -82,7 +83,10 @@ def prepare(task: str, options: Settings, folder: Path | None) -> Data:
         "validation": data.val_dataloader(),
         "test": data.test_dataloader(),
     }
-    return Data(path, {name: len(loader.dataset) for name, loader in loaders.items()}, data.seq_len)
+    labels = torch.cat([batch["labels"] for batch in loaders["test"]])
+    most_frequent = labels.bincount().max().item() / len(labels)
+    samples = {name: len(loader.dataset) for name, loader in loaders.items()}
+    return Data(path, samples, data.seq_len, round(most_frequent, 4))
 
 
 class Run(NamedTuple):
@@ -95,6 +99,7 @@ class Run(NamedTuple):
     options: Settings
     density: float | None  # None: that will be learned
     path: Path | None
+    most_frequent: float  # see Data
 
     def is_like(self, done: dict[str, Any]) -> bool:
         return all(done[name] == getattr(self, name) for name in ("task", "method", "seed", "options"))
@@ -181,7 +186,10 @@ def plan(args: argparse.Namespace) -> list[Run]:
         for method in methods:
             options = settings(task, own[method], data.samples)
             share = density(options, data.seq_len)
-            runs += [Run(task, method, seed, own[method], options, share, data.path) for seed in args.seeds]
+            runs += [
+                Run(task, method, seed, own[method], options, share, data.path, data.most_frequent)
+                for seed in args.seeds
+            ]
     # Seed by seed, so that a run of the experiment that is cut short has something of everything.
     return sorted(runs, key=lambda run: args.seeds.index(run.seed))
 
@@ -259,6 +267,7 @@ def measure(
                 "seed": run.seed,
                 # A layout that was never learned has all blocks.
                 "density": run.density or summary["density"] or 1.0,
+                "most_frequent_class": run.most_frequent,
                 "commit": record.environment()["commit"],
                 "options": run.options,
                 "summary": summary,

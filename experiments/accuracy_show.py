@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,12 @@ def phases(runs: Sequence[Run], name: str) -> tuple[float | None, float | None]:
     return before, next(iter(medians.values()), None)
 
 
+def most_frequent(methods: Mapping[str, Sequence[Run]]) -> float | None:
+    """The accuracy of always answering the most frequent class; None of runs that do not say it."""
+    known = [run["most_frequent_class"] for runs in methods.values() for run in runs if "most_frequent_class" in run]
+    return known[-1] if known else None
+
+
 def seconds(runs: Sequence[Run]) -> float:
     """The whole training time, median over the seeds."""
     return statistics.median(run["summary"]["training_seconds"] for run in runs)
@@ -102,6 +108,8 @@ def tables(rows: Rows) -> list[Table]:
         options = next(iter(methods.values()))[0]["options"]
         title = f"{task}: {options['trainer.max_steps']:,} steps of {options['data.batch_size']}"
         title += f", target density {options['sparsity.density']:g}"
+        if (frequent := most_frequent(methods)) is not None:
+            title += f"; always the most frequent class: {_share(frequent)}"
         table = Table(title=title, title_justify="left", padding=(0, 0))  # so that it fits into 80 columns
         table.add_column("method")
         for name in ("density", "test accuracy", "seeds", "switch", "step, ms", "peak MiB", "train, s"):

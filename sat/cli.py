@@ -217,3 +217,9 @@ def check_trainer(options: Namespace) -> None:
     interval = options.val_check_interval
     if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(f"trainer.val_check_interval must be above 0, got {interval}")
+    epochs = options.check_val_every_n_epoch
+    if epochs is not None and epochs < 1:
+        raise ValueError(
+            f"trainer.check_val_every_n_epoch must be at least 1 (or null: by steps alone), got {epochs}; to leave "
+            f"validation out, set trainer.limit_val_batches to 0"
+        )

@@ -283,6 +283,7 @@ def _add_checkpoint(found: Findings, path: Path) -> bool:
         "began_sparsely": sparsity.get("began") or None,
         "validation_accuracy": monitor.get("validation_accuracy"),
         "validated_at": monitor.get("validated_at"),
+        "gave_up": _mapping(sparsity.get("controller")).get("gave_up_at"),
         "median_step_ms": {
             str(phase): 1e3 * sorted(times)[len(times) // 2]
             for phase, times in _mapping(monitor.get("step_times")).items()

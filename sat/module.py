@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -204,10 +205,10 @@ class ClassificationModule(LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose cycle of the learning rate has another length.
+        """Refuse a checkpoint whose optimizer, or cycle of the learning rate, is another: what it holds would prevail.
 
         Raises:
-            ValueError: it has.
+            ValueError: one is.
         """
         self.validation_f1 = checkpoint.get("validation_f1")
         total = int(self.trainer.estimated_stepping_batches)
@@ -218,6 +219,23 @@ class ClassificationModule(LightningModule):
                     f"the checkpoint's learning-rate cycle has {saved} steps, this run {total}; go on with the "
                     f"trainer.max_steps (or max_epochs) that it was started with"
                 )
+            rise = (scheduler.get("_schedule_phases") or [{}])[0].get("end_step")
+            if rise is not None and not math.isclose(rise, self._warmup(total) * (total + 1) - 1, abs_tol=1e-3):
+                raise _another("warmup_steps", round((rise + 1) * total / (total + 1)), self.warmup_steps)
+        groups = parameter_groups(self.model, self.lr, self.layer_decay)
+        for optimizer in checkpoint.get("optimizer_states", []):
+            theirs = optimizer.get("param_groups", [])
+            rates = [[group.get("max_lr") for group in theirs], [group["lr"] for group in groups]]
+            if rates[0] != rates[1]:
+                raise _another("lr (times layer_decay)", *(", ".join(f"{rate:g}" for rate in each) for each in rates))
+            for name in ("weight_decay", "betas", "eps"):
+                saved, own = theirs[0].get(name), getattr(self, name)
+                if (tuple(saved) if name == "betas" else saved) != own:
+                    raise _another(name, saved, own)
+
+    def _warmup(self, total: float) -> float:
+        """The share of the steps at which the learning rate rises."""
+        return min(1.0, self.warmup_steps / total)
 
     def configure_model(self) -> None:
         """Under ``ModelParallelStrategy``: divide the parameters, layer by layer, among the processes (FSDP2)."""
@@ -245,11 +263,18 @@ class ClassificationModule(LightningModule):
             optimizer,
             max_lr=[group["lr"] for group in groups],
             total_steps=int(total) + 1,  # Lightning asks for one value more than there are steps
-            pct_start=min(1.0, self.warmup_steps / total),
+            pct_start=self._warmup(total),
             anneal_strategy="linear",
             cycle_momentum=False,  # the betas stay what they were set to
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _another(name: str, saved: object, here: object) -> ValueError:
+    return ValueError(
+        f"the checkpoint was trained with an optimizer.{name} of {saved}, which would prevail over this run's {here}; "
+        f"go on with what it was started with, or begin anew from its weights with --init_from"
+    )
 
 
 def parameter_groups(model: nn.Module, lr: float, layer_decay: float) -> list[dict[str, Any]]:

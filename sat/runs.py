@@ -160,8 +160,25 @@ def run_folder(output_dir: Path, name: str, checkpoint: Path | None) -> Path:
     return folder
 
 
+def claim_folder(folder: Path) -> None:
+    """Make the folder of a run that begins, which no other run may have.
+
+    Raises:
+        ValueError: another run was faster.
+        OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ValueError(
+            f"another run has just begun in {folder}; start this one again, or give it a --name of its own"
+        ) from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def make_folder(folder: Path) -> None:
-    """Make a run's folder, and be sure that it can be written; what a killed process left half written goes.
+    """Make what is in a run's folder, and be sure that it can be written; what was left half written goes.
 
     Raises:
         OSError: it cannot.
@@ -173,9 +190,11 @@ def make_folder(folder: Path) -> None:
         for leftover in [probe, *folder.rglob(".*.tmp")]:
             leftover.unlink()
     except OSError as error:
-        raise OSError(
-            f"cannot write to the run folder {folder} ({error.strerror}); choose another --output_dir"
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(f"cannot write to the run folder {folder} ({error.strerror}); choose another --output_dir")
 
 
 # Results
@@ -277,13 +296,15 @@ def summarize(
     phases = ("dense", "sparse") if sparsity else (monitor.phase,)
     times = {phase: time for phase in phases if (time := monitor.median_step_ms(phase))}
     layouts = layouts_of(module).values()
+    dense = sum(isinstance(m, AdaptiveAttention) and not m.is_sparse for m in module.modules())
+    density = (sum(layout.density for layout in layouts) + dense) / (len(layouts) + dense) if layouts else None
     device = module.device
     packages = ("torch", "lightning", *(["transformers"] if isinstance(model, PretrainedClassifier) else []))
     summary: dict[str, Any] = {
         "name": name,
         "attention": model.attention,
         "attention_options": model.attention_options,
-        "density": round(sum(layout.density for layout in layouts) / len(layouts), 4) if layouts else None,
+        "density": density if density is None else round(density, 4),
         "steps": trainer.global_step,
         "processes": trainer.world_size,
         "device": device_name(device),

@@ -46,6 +46,8 @@ from sat.sparsity import LayoutsDiffer
 
 logger = logging.getLogger(__name__)
 
+LONGEST_TIMEOUT = 10**9  # seconds; what is far longer overflows in the processes' own clocks
+
 
 class Run:
     """One training, from its arguments: set up, train, test, report."""
@@ -78,6 +80,7 @@ class Run:
         self.sparsity = self._make_sparsity(args)
         checkpoint = checkpoints.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
         self.folder = runs.run_folder(Path(args.output_dir), args.name, checkpoint)
+        self.new = not self.folder.exists()
         self.anew = checkpoint is not None and not checkpoint.is_file()
         self.checkpoint = None if self.anew else checkpoint
         self.weights = None
@@ -101,8 +104,8 @@ class Run:
         self.save_last = SaveLast(self.last)
         self.save_last.stale = self.checkpoint not in (None, self.last)
         check_trainer(args.trainer)
-        if args.process_timeout < 1:
-            raise ValueError(f"process_timeout must be at least 1 second, got {args.process_timeout}")
+        if not 1 <= args.process_timeout <= LONGEST_TIMEOUT:
+            raise ValueError(f"process_timeout must be 1 to {LONGEST_TIMEOUT:,} seconds, got {args.process_timeout}")
         self.best = ModelCheckpoint(
             self.folder / "checkpoints",
             filename="best",
@@ -230,7 +233,8 @@ class Run:
         """
         if self.trainer.global_rank > 0:
             return
-        new = not self.folder.exists()
+        if self.new:
+            runs.claim_folder(self.folder)
         try:
             runs.make_folder(self.folder)
             first = not (self.folder / "config.yaml").exists()
@@ -238,7 +242,7 @@ class Run:
                 temporary.write_text(self.config)
             self._read_data()
         except BaseException:
-            if new:
+            if self.new:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 with contextlib.suppress(OSError):  # there are other runs of this name
                     self.folder.parent.rmdir()

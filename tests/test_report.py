@@ -176,6 +176,17 @@ def test_a_checkpoint_of_the_dense_phase(run, capsys):
     assert len(page.pictures) == 1  # the statistics
 
 
+def test_a_checkpoint_of_a_run_that_went_back_to_dense_attention_says_so(run, capsys):
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    controller = state["callbacks"]["AdaptiveSparsity"]["controller"]
+    controller["gave_up_at"] = 15
+    for layer in controller["layers"]:
+        del layer["layout"]
+    torch.save(state, run / "gave_up.ckpt")
+    page, _ = made(capsys, run / "gave_up.ckpt")
+    assert "At step 15 it went back to dense attention" in page.words
+
+
 def test_a_run_of_before_the_attention_was_kept(run, capsys):
     shutil.rmtree(run / "attention")
     page, _ = made(capsys, run)

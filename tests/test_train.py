@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from sat import cli, runs, train
+from sat.attention import AdaptiveAttention
 from sat.layout import BlockLayout
 from sat.models import SequenceClassifier
 from sat.saving import SaveLast
@@ -256,11 +257,42 @@ def test_a_run_goes_on_only_as_it_began(tiny, monkeypatch, capsys, attention):
     assert f"was trained with model.attention={attention}" in refused(capsys, *resume, other)
     longer = refused(capsys, *resume, attention, "--trainer.max_steps", 30)
     assert "learning-rate cycle has 20 steps, this run 30" in longer
+    for name, value, expected in (
+        ("lr", 1e-6, r"optimizer\.lr \(times layer_decay\) of 0\.003, which would prevail over this run's 1e-06"),
+        ("warmup_steps", 7, r"optimizer\.warmup_steps of 3, which would prevail over this run's 7"),
+        ("weight_decay", 0.3, r"optimizer\.weight_decay of 0\.0, which would prevail over this run's 0\.3"),
+        ("betas", "[0.5, 0.9]", r"optimizer\.betas of .*, which would prevail over this run's \(0\.5, 0\.9\)"),
+        ("eps", 1e-3, r"optimizer\.eps of 1e-06, which would prevail over this run's 0\.001"),
+        ("layer_decay", 0.5, r"optimizer\.lr \(times layer_decay\) of 0\.003, which would .* this run's .*, 0\.003"),
+    ):
+        assert re.search(expected, refused(capsys, *resume, attention, f"--optimizer.{name}", value))
     assert "with model.num_heads=2, this run has 1" in refused(capsys, *resume, attention, "--model.num_heads", 1)
     if attention == "adaptive":
         assert "per_head" in refused(capsys, *resume, attention, "--sparsity.per_head", "false")
         assert "with model.pruned='drop'" in refused(capsys, *resume, attention, "--model.pruned", "zero")
     assert all(p.read_bytes() == content for p, content in files.items())
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused(tiny):
+    both = [train.Run(*cli.parse(["--config", str(tiny)]), Console(quiet=True)) for _ in range(2)]
+    for one in both[1:]:  # as if both had begun in the same second
+        one.folder = both[0].folder
+    both[0].prepare()
+    files = {path: path.read_bytes() for path in both[0].folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"another run has just begun in .*; start this one again"):
+        both[1].prepare()
+    assert files
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_layer_that_is_still_dense_keeps_all_of_its_blocks(tiny):
+    training = train.Run(*cli.parse(["--config", str(tiny)]), Console(quiet=True))
+    attentions = [module for module in training.model.modules() if isinstance(module, AdaptiveAttention)]
+    attentions[0].set_layout(BlockLayout(torch.eye(8, dtype=torch.bool), 8))
+    summary = runs.summarize(
+        "tiny", training.trainer, training.module, training.model, training.monitor, training.sparsity
+    )
+    assert summary["density"] == round((1 / 8 + 1) / 2, 4)
 
 
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tiny, monkeypatch, capsys):
@@ -511,7 +543,12 @@ class TestBadInput:
             (["--config", "tiny.yaml", "--trainer.max_steps", -1], "set trainer.max_steps or max_epochs"),
             (["--config", "tiny.yaml", "--trainer.accumulate_grad_batches", 0], "accumulate_grad_batches must be at"),
             (["--config", "tiny.yaml", "--trainer.val_check_interval", 0], "val_check_interval must be above 0"),
-            (["--config", "tiny.yaml", "--process_timeout", 0], "process_timeout must be at least 1 second, got 0"),
+            (
+                ["--config", "tiny.yaml", "--process_timeout", 0],
+                "process_timeout must be 1 to 1,000,000,000 seconds, got 0",
+            ),
+            (["--config", "tiny.yaml", "--process_timeout", 10**15], "process_timeout must be 1 to 1,000,000,000"),
+            (["--config", "tiny.yaml", "--trainer.check_val_every_n_epoch", 0], "check_val_every_n_epoch must be at"),
             (["--config", "tiny.yaml", "--optimizer.betas", "[1.5,2]"], "betas must be at least 0 and below 1"),
             (["--config", "tiny.yaml", "--optimizer.eps", -1], "weight_decay and eps must be at least 0"),
             (["--config", "tiny.yaml", "--trainer.precision", "transformer-engine"], "transformer"),

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.accuracy_show import comparable
+from experiments.accuracy_show import comparable, most_frequent
 from experiments.arena import rows as arena_rows
 from experiments.gpu_suite.case import number
 from experiments.results_page import pictures
@@ -91,12 +91,15 @@ class Grid:
 
 def accuracy(content: Content) -> Shown:
     """Test accuracy of the final models, by method and task, and what they cost."""
-    _, others = comparable(content["runs"], [])
+    by_task, others = comparable(content["runs"], [])
     left_out = {id(run) for run in others}
     runs = [run for run in content["runs"] if id(run) not in left_out]
     grid = Grid(runs, "method", lambda run: run["summary"]["test_accuracy"]["final"])
     picture = pictures.grid(grid.values, grid.tasks, grid.methods, grid.ours, "test accuracy of the final model")
     text = [grid.table("test accuracy")]
+    constant = {task: most_frequent(methods) for task, methods in by_task.items()}
+    if said := [f"{task} {share:.3f}" for task, share in constant.items() if share is not None]:
+        text.append(f"Always answering the most frequent class: {', '.join(said)}.")
     text += sampling_errors(runs)
     if left_out:
         count = len(left_out)

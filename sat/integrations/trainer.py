@@ -9,13 +9,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sat import ops
 from sat.attention import AdaptiveAttention
-from sat.files import save_state
+from sat.files import DamagedFile, read_state, reason, save_state
 from sat.integrations.transformers import prepare
 from sat.sparsity import SparsityPhases
 
@@ -32,7 +31,8 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
     :func:`sat.integrations.transformers.prepare` takes; one that is not prepared yet is prepared at the start. Values
     that the criterion compares stand in ``state.log_history``, and the number of sparse layers in what is printed.
     Checkpoints of the Trainer hold the state; ``resume_from_checkpoint`` goes on with it, and
-    ``load_best_model_at_end`` brings the layouts of the best model back, or its dense phase.
+    ``load_best_model_at_end`` brings the layouts of the best model back, or its dense phase. A second ``train()`` of
+    the same model goes on in the phase that the first one ended in.
 
     Args:
         seq_len: the longest sequence in tokens, on which layouts are learned; by default what the model can take.
@@ -47,11 +47,23 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         # These models are pretrained: their single blocks differ.
         super().__init__(**{"by_offset": False, **settings})
         self.seq_len, self.block_size, self.backend = seq_len, block_size, backend
+        self._training = False
+        self._before = (0, 0)  # observations and steps of earlier trainings, which the Trainer's own count leaves out
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prepare the model, find its attention modules, and go on where a checkpoint was."""
+        """Prepare the model, find its attention modules, and go on where a checkpoint was.
+
+        Raises:
+            ValueError: the model or the checkpoint does not fit, or the Trainer would wrap it in ``nn.DataParallel``.
+        """
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__} cannot watch attention in nn.DataParallel, which the Trainer takes for "
+                f"{args.n_gpu} GPUs in one process; start it with torchrun --nproc_per_node {args.n_gpu}, or show it "
+                f"one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
         model = kwargs["model"]
         attentions = _attentions(model)
         if not attentions:
@@ -61,7 +73,10 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         if state.global_step > 0:
             self._resume(_checkpoint(args, state))
             self._check_history(state)
+        else:
+            self._before = len(self.history), self._steps
         self.check_phases()
+        self._training = True
         optimizer = kwargs["optimizer"]
         self.attach_optimizers([getattr(optimizer, "optimizer", optimizer)])  # accelerate's wrapper calls the inner one
 
@@ -102,8 +117,10 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
             logs["sparse_layers"] = state.log_history[-1]["sparse_layers"] = len(self.layouts)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Guard the sparse phase by the loss on evaluation data."""
+        """Guard the sparse phase by the loss on evaluation data; other evaluations than the training's do not count."""
         metrics = kwargs.get("metrics") or {}
+        if not self._training or (metrics and not any(name.startswith("eval_") for name in metrics)):
+            return
         if "eval_loss" in metrics:
             self.after_validation(float(metrics["eval_loss"]))
         elif self.guard is not None:
@@ -114,14 +131,19 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the state in the Trainer's checkpoint; the layouts lie there already, beside the weights."""
+        if not args.should_save:
+            return
         folder = _checkpoint(args, state)
-        if state.is_world_process_zero and folder.is_dir():
-            save_state(self.state_dict(), folder / STATE_FILE)
+        if folder.is_dir():
+            save_state({**self.state_dict(), "before": list(self._before)}, folder / STATE_FILE)
+        else:
+            logger.warning("there is no %s, so that the state of sparsity at this step is not saved", folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the optimizer as it was; the best model, if it is loaded now, has its own layouts."""
+        self._training = False
         self.detach_optimizers()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._resume(Path(state.best_model_checkpoint))
@@ -129,7 +151,9 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
     def _check_history(self, state: TrainerState) -> None:
         """That the state is of the run whose history the Trainer has read, which may lie in another folder."""
         theirs = [(line["step"], line["layer0/skewness"]) for line in state.log_history if "layer0/skewness" in line]
-        ours = [(record["step"], record["layers"][0]["skewness"]) for record in self.history]
+        observations, steps = self._before
+        here = self.history[observations:]
+        ours = [(record["step"] - steps, record["layers"][0]["skewness"]) for record in here]
         if ours != theirs:
             raise ValueError(
                 f"the checkpoint that is resumed and the {STATE_FILE} of step {state.global_step} in output_dir belong "
@@ -144,7 +168,13 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
                 f"{folder} has no {STATE_FILE}; resume from a checkpoint in output_dir that was trained with "
                 f"SparsityCallback, or start anew from its weights with from_pretrained"
             )
-        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            saved = read_state(path)
+            self.load_state_dict(saved)
+            observations, steps = saved.get("before", (0, 0))
+        except (DamagedFile, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not whole ({reason(error)}); resume from another checkpoint") from error
+        self._before = observations, steps
         assert self.controller is not None
         for attention, layout in zip(self.attentions.values(), self.controller.layouts, strict=True):
             attention.set_layout(layout)
@@ -155,4 +185,7 @@ def _attentions(model: nn.Module) -> dict[str, AdaptiveAttention]:
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+    """The folder of the checkpoint of this step; in a search for hyperparameters each trial has one of its own."""
+    folder, name = Path(args.output_dir or "."), f"checkpoint-{state.global_step}"
+    trials = list(folder.glob(f"*/{name}")) if state.is_hyper_param_search else []
+    return max(trials, key=lambda trial: trial.stat().st_mtime) if trials else folder / name

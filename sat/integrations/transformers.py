@@ -134,7 +134,7 @@ def prepare(
                 _num_heads(name, module, model),
                 seq_len,
                 block_size,
-                is_causal=bool(getattr(module, "is_causal", True)),  # the default of transformers' sdpa
+                is_causal=_is_causal(module, model),
                 pruned=pruned,
                 backend=backend,
             )
@@ -284,12 +284,16 @@ def _attention(
             f'which attn_implementation="sat" cannot tell from one of queries by keys; use attn_implementation="sdpa"'
         )
     state = _state(module)
-    if state is not None and (state.is_sparse or state.observe_samples):
+    if state is not None and (state.is_sparse or state.observe_samples or module.training):
+        # The model's call decides, not what the module was made with; in training always, so that processes which do
+        # not observe this step know it as well.
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        causal, padding, bias = _read_mask(attention_mask, bool(causal), query)
-        _check(state, module, query, key, kwargs)
+        causal = bool(causal) if attention_mask is None else attention_mask.dim() == 2
         if state.is_causal != causal:
-            state.is_causal = causal  # the model's call decides, not what the module was made with
+            state.is_causal = causal
+    if state is not None and (state.is_sparse or state.observe_samples):
+        padding, bias = _read_mask(attention_mask, query)
+        _check(state, module, query, key, kwargs)
         if state.is_sparse:
             return _sparse_attention(state, query, key, value, padding, bias, dropout, scaling, kwargs), None
         padding = _observe(state, query, key, padding, bias, scaling, kwargs)
@@ -346,18 +350,16 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return padding[:, 0, 0] if causal and padding is not None else padding
 
 
-def _read_mask(mask: Tensor | None, is_causal: bool, query: Tensor) -> tuple[bool, Tensor | None, Tensor | None]:
-    """Whether attention is causal, the keys' padding mask ``[B, S]``, and what is added to the scores."""
-    if mask is None:
-        return is_causal, None, None
-    if mask.dim() == 2:
-        return True, mask, None
+def _read_mask(mask: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The keys' padding mask ``[B, S]``, and what is added to the scores."""
+    if mask is None or mask.dim() == 2:
+        return mask, None
     mask = mask[(None,) * (4 - mask.dim())]
     if mask.dtype != torch.bool:
-        return False, None, mask.masked_fill(mask <= MASKED, -torch.inf)
+        return None, mask.masked_fill(mask <= MASKED, -torch.inf)
     if mask.shape[1] == mask.shape[2] == 1:
-        return False, mask[:, 0, 0].expand(query.shape[0], -1), None
-    return False, None, torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+        return mask[:, 0, 0].expand(query.shape[0], -1), None
+    return None, torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 def _check(state: AdaptiveAttention, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
@@ -535,6 +537,13 @@ def _num_heads(path: str, module: nn.Module, model: PreTrainedModel) -> int:
         if isinstance(heads := getattr(place, attribute, None), int):
             return heads
     raise ValueError(f"{path} ({type(module).__name__}) does not tell how many heads it has; SAT cannot prepare it")
+
+
+def _is_causal(module: nn.Module, model: PreTrainedModel) -> bool:
+    """What the attention is likely to be; the model's calls decide."""
+    if getattr(model.config, "is_causal", True) is False:  # a decoder that is used in both directions
+        return False
+    return bool(getattr(module, "is_causal", True))  # the default of transformers' sdpa
 
 
 def _positions(model: PreTrainedModel) -> int:

@@ -263,6 +263,15 @@ class SparsityController:
             for layer in self._layers
         ]
 
+    @property
+    def causal(self) -> bool:
+        """Whether only blocks of the lower triangle may be kept; to be set before the observation that it is for."""
+        return bool(self._selection["causal"])
+
+    @causal.setter
+    def causal(self, causal: bool) -> None:
+        self._selection["causal"] = causal
+
     # What happens.
 
     def begin(self, layouts: Sequence[BlockLayout]) -> None:
@@ -405,7 +414,7 @@ class SparsityController:
             more, or where nothing has been learned.
         """
         kept = sum(layer.layout.nnz / layer.layout.num_heads for layer in self._layers if layer.layout is not None)
-        allowed = torch.ones(self.grid).tril() if self._selection["causal"] else torch.ones(self.grid)
+        allowed = torch.ones(self.grid).tril() if self.causal else torch.ones(self.grid)
         if 2 * kept >= self.num_layers * allowed.sum().item() / 2:
             return []
         settings = {name: self._selection[name] for name in ("causal", "share_budget")}
@@ -468,10 +477,9 @@ class SparsityController:
         """The scores ``[G, M, N]`` of layers by offset, where that is wanted."""
         if not self.by_offset:
             return scores
-        causal = self._selection["causal"]
         # A coverage is reached by what holds most: heads that had to take one side first would need far more.
         heads = 1 if self._selection["coverage"] is not None else self._num_layouts
-        found = offset_scores(torch.cat(scores), num_heads=heads, causal=causal)
+        found = offset_scores(torch.cat(scores), num_heads=heads, causal=self.causal)
         return list(found.split(self._num_layouts))
 
     def _spion_blocks(self, layer: Layer) -> Tensor:
@@ -480,7 +488,7 @@ class SparsityController:
         kept = spion_blocks(layer.history.score_matrix[None], self.block_size, self.quantile).cpu()
         first = self._selection["keep_first"]
         kept[:, :first] = kept[:, :, :first] = True
-        return kept.tril() if self._selection["causal"] else kept
+        return kept.tril() if self.causal else kept
 
     def _leave_dense(self, step: int, index: int, pooled: Tensor, kept: Tensor, forced: bool) -> Transition:
         layer = self._layers[index]

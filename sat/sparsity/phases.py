@@ -378,8 +378,11 @@ class SparsityPhases:
                 return None
         absent = sorted(set(layers) - set(observed))
         if absent:  # layers that are skipped at random, say
-            logger.info("no observation at step %d: the layers %s took no part in this batch", step, absent)
+            late = self.controller.max_dense_steps
+            level = logging.INFO if late is None or step < late else logging.WARNING
+            logger.log(level, "no observation at step %d: the layers %s took no part in this batch", step, absent)
             return None
+        self._see_whether_causal()
         if self.all_sparse:
             return self._revise(step, {index: part.values.get("sensitivity") for index, part in observed.items()})
         statistics = {index: part.statistics for index, part in observed.items()}
@@ -421,6 +424,7 @@ class SparsityPhases:
         """The sparse phase has been worse than the dense one for too long: keep more blocks, or all of them."""
         assert self.controller is not None
         self._guard.worse = 0
+        self._see_whether_causal()
         revisions = self.controller.add_blocks(self._steps)
         self._take_over(revisions)
         if revisions:
@@ -436,6 +440,23 @@ class SparsityPhases:
                 "step %d: the validation loss, %.4f, stays more than %g above the best of the dense phase, %.4f; "
                 "training %s", self._steps, self._guard.latest_loss, self.guard, self._guard.best_dense_loss, action,
             )  # fmt: skip
+
+    def _see_whether_causal(self) -> None:
+        """Let the layouts reach as far as the attention does: what its calls say may be known only when it is used."""
+        assert self.controller is not None
+        found = {attention.is_causal: name for name, attention in self.attentions.items()}
+        if len(found) > 1:
+            raise ValueError(
+                f"{found[True]} is causal and {found[False]} is not; {type(self).__name__} needs attention of one kind"
+            )
+        (causal,) = found
+        if self.start is not None and causal != self.controller.causal and self._rank == 0:
+            kind = ("causal", "not causal") if causal else ("not causal", "causal")
+            logger.warning(
+                "the attention turns out to be %s; the %s that training began with is for one that is %s, which "
+                "revisions make up for", kind[0], self.start, kind[1],
+            )  # fmt: skip
+        self.controller.causal = causal
 
     def _take_over(self, revisions: list[Revision]) -> None:
         """Put the layouts in place that the controller has changed."""

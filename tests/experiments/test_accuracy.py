@@ -11,6 +11,7 @@ import torch
 
 from experiments import accuracy, accuracy_settings, accuracy_show
 from sat import cli, train
+from sat.data import DATASETS
 from sat.saving import SaveLast
 
 DIGITS = ["--tasks", "digits", "--seeds", "0", "--steps", "20"]
@@ -130,6 +131,11 @@ class TestRuns:
         dense, paper = first
         assert (dense["density"], paper["density"]) == (1.0, 0.0938)  # int(.1 * 64) = 6 blocks
         assert paper["summary"]["transitions"][0]["step"] == 2
+        digits = DATASETS["digits"](image_size=16)
+        digits.prepare_data()
+        digits.setup("test")
+        labels = [int(label) for batch in digits.test_dataloader() for label in batch["labels"]]
+        assert paper["most_frequent_class"] == round(max(map(labels.count, labels)) / len(labels), 4)
         assert all(run["summary"]["steps"] == 20 and run["summary"]["training_seconds"] > 0 for run in first)
         assert not list(Path("out/runs").rglob("*.ckpt"))
         for name in ("accuracy", "cost"):

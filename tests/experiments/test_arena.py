@@ -35,7 +35,7 @@ def started(monkeypatch, tmp_path) -> list[list[str]]:
         return 0
 
     monkeypatch.setattr(accuracy, "execute", execute)
-    monkeypatch.setattr(accuracy, "prepare", lambda task, options, folder: accuracy.Data(None, {"train": 1}, 256))
+    monkeypatch.setattr(accuracy, "prepare", lambda task, options, folder: accuracy.Data(None, {"train": 1}, 256, 0.5))
     monkeypatch.chdir(tmp_path)
     return commands
 

@@ -76,6 +76,13 @@ def test_the_number_of_test_samples_bounds_what_an_accuracy_says(tmp_path):
     assert "standard error" not in make(tmp_path)[1]
 
 
+def test_what_needs_no_training_stands_beside_the_accuracies(tmp_path):
+    runs = [{**run("yelp", "ours", seed, 0.75), "most_frequent_class": 0.744} for seed in range(3)]
+    assert "Always answering the most frequent class: yelp 0.744." in accuracy.accuracy({"runs": runs}).text
+    write(tmp_path / "in", "accuracy_small.json", {"runs": RUNS})
+    assert "most frequent" not in make(tmp_path)[1]
+
+
 def test_where_ours_is_best_it_says_only_that():
     better = [run("digits", "dense", 0, 0.5, "dense"), run("digits", "ours", 0, 0.6)]
     assert accuracy.Grid(better, "method", lambda r: r["summary"]["test_accuracy"]["final"]).short() == [

@@ -219,3 +219,164 @@ def test_refuses_what_the_phases_refuse():
         SparsityCallback(density=2.0)
     with pytest.raises(TypeError, match="densty"):
         SparsityCallback(densty=0.5)
+
+
+def small(config: Any) -> Any:
+    return config(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=24,
+        num_labels=3,
+        pad_token_id=0,
+    )
+
+
+def bidirectional_llama() -> Any:
+    config = small(transformers.LlamaConfig)
+    config.is_causal = False
+    return transformers.LlamaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("settings", [{"mask": "direct"}, {"agreement": 0.5, "agreement_lag": 1}])
+@pytest.mark.parametrize(
+    "make",
+    [
+        bidirectional_llama,
+        # Its modules do not say whether they are causal; its calls do.
+        lambda: transformers.LayoutLMForSequenceClassification(small(transformers.LayoutLMConfig)),
+    ],
+)
+def test_layouts_of_models_that_look_ahead_do_so(tmp_path, make, settings):
+    torch.manual_seed(0)
+    callback = SparsityCallback(**{**SETTINGS, "density": 0.5, **settings})
+    trainer = make_trainer(tmp_path, callback, steps=8, save_strategy="no")
+    trainer.model = trainer.model_wrapped = make()
+    trainer.train()
+    assert not any(attention.is_causal for attention in callback.attentions.values())
+    assert all(layout.mask.triu(1).any() for layout in callback.layouts.values())
+    assert [layout.density for layout in callback.layouts.values()] == [0.5, 0.5]
+
+
+def test_whether_attention_is_causal_is_known_where_nothing_is_observed():
+    # Of several processes, those of a higher rank may have no sample to look at.
+    model = transformers.LayoutLMForSequenceClassification(small(transformers.LayoutLMConfig))
+    states = prepare(model, 24, 4)
+    assert all(state.is_causal for state in states.values())
+    model.train()(input_ids=torch.ones(1, 24, dtype=torch.long))
+    assert not any(state.is_causal or state.statistics for state in states.values())
+
+
+def test_a_decoder_looks_back_only(tmp_path):
+    callback = SparsityCallback(**{**SETTINGS, "density": 0.5})
+    trainer = make_trainer(tmp_path, callback, steps=8, save_strategy="no")
+    trainer.model = trainer.model_wrapped = transformers.LlamaForSequenceClassification(small(transformers.LlamaConfig))
+    trainer.train()
+    assert len(callback.layouts) == 2
+    assert not any(layout.mask.triu(1).any() for layout in callback.layouts.values())
+
+
+def test_a_start_that_took_the_model_for_causal_says_so_and_revises(tmp_path, caplog):
+    settings = {"density": 0.5, "block_size": 4, "start": "window", "interval": 1, "revise_interval": 2}
+    callback = SparsityCallback(**settings)
+    trainer = make_trainer(tmp_path, callback, steps=8, save_strategy="no")
+    config = small(transformers.LayoutLMConfig)
+    trainer.model = trainer.model_wrapped = transformers.LayoutLMForSequenceClassification(config)
+    trainer.train()
+    assert caplog.text.count("the attention turns out to be not causal; the window that training began with") == 1
+    assert any(layout.mask.triu(1).any() for layout in callback.layouts.values())
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, SparsityCallback(**SETTINGS))
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 2))
+    monkeypatch.setattr(trainer, "_wrap_model", lambda model, *args, **kwargs: model)
+    with pytest.raises(ValueError, match="torchrun --nproc_per_node 2"):
+        trainer.train()
+
+
+class Searches(transformers.TrainerCallback):
+    """Sets what the Trainer sets in a search for hyperparameters."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.is_hyper_param_search = True
+
+
+def test_each_trial_of_a_search_has_its_state_in_its_own_checkpoints(tmp_path, monkeypatch):
+    make_trainer(tmp_path, SparsityCallback(**SETTINGS), steps=8).train()
+    before = (tmp_path / "checkpoint-4" / STATE_FILE).read_bytes()
+    for trial in range(2):
+        trainer = make_trainer(
+            tmp_path, SparsityCallback(**SETTINGS), steps=8, load_best_model_at_end=True, eval_strategy="steps",
+            eval_steps=4,
+        )  # fmt: skip
+        # What hyperparameter_search does, without one of the libraries that it needs.
+        trainer.callback_handler.callbacks.insert(0, Searches())
+        monkeypatch.setattr(trainer, "_get_output_dir", lambda trial, at=tmp_path / f"run-{trial}": str(at))
+        trainer.train()
+        assert all((tmp_path / f"run-{trial}" / f"checkpoint-{step}" / STATE_FILE).is_file() for step in (4, 8))
+    assert (tmp_path / "checkpoint-4" / STATE_FILE).read_bytes() == before
+
+
+def test_only_evaluations_of_the_training_count_for_the_guard(tmp_path):
+    callback = SparsityCallback(**SETTINGS, guard=0.5)
+    trainer = make_trainer(tmp_path, callback, steps=8, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    latest = callback._guard.state_dict()
+    assert "test_loss" in trainer.evaluate(make_samples(8), metric_key_prefix="test")
+    trainer.evaluate(make_samples(4))
+    assert callback._guard.state_dict() == latest
+    several = make_trainer(tmp_path / "several", SparsityCallback(**SETTINGS, guard=0.5), eval_strategy="steps",
+                           eval_steps=2)  # fmt: skip
+    several.eval_dataset = {"a": make_samples(8), "b": make_samples(4)}
+    with pytest.raises(ValueError, match=r"guard=0\.5 needs eval_loss, but the evaluation gives eval_a_loss"):
+        several.train()
+
+
+def test_a_second_training_goes_on_sparsely_and_can_be_resumed(tmp_path):
+    callback = SparsityCallback(**SETTINGS)
+    trainer = make_trainer(tmp_path, callback, steps=8)
+    trainer.train()
+    layouts = [layout.mask.clone() for layout in callback.layouts.values()]
+    trainer.train()
+    assert callback._steps == 16
+    resumed = SparsityCallback(**SETTINGS)
+    again = make_trainer(tmp_path, resumed, steps=8)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed._steps == 16
+    assert [(t.layer, t.step) for t in resumed.transitions] == [(0, 6), (1, 6)]
+    assert all(map(torch.equal, layouts, (layout.mask for layout in resumed.layouts.values())))
+    # And one whose second training is observed, for the first one was too short to switch.
+    short = SparsityCallback(**SETTINGS)
+    trainer = make_trainer(tmp_path / "short", short, steps=4)
+    trainer.train()
+    trainer.train()
+    assert [t.step for t in short.transitions] == [6, 6]
+    resumed = SparsityCallback(**SETTINGS)
+    again = make_trainer(tmp_path / "short", resumed, steps=6)
+    again.train(resume_from_checkpoint=str(tmp_path / "short" / "checkpoint-4"))
+    assert resumed._steps == 10
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: raw[:200] + bytes(50) + raw[250:]]
+)
+def test_a_damaged_state_is_named(tmp_path, damage):
+    make_trainer(tmp_path, SparsityCallback(**SETTINGS), steps=8).train()
+    file = tmp_path / "checkpoint-4" / STATE_FILE
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{STATE_FILE} is not whole .*resume from another checkpoint"):
+        make_trainer(tmp_path, SparsityCallback(**SETTINGS)).train(resume_from_checkpoint=str(file.parent))
+
+
+@pytest.mark.parametrize("missing", ["controller", "steps", "history"])
+def test_a_state_that_lacks_something_is_named(tmp_path, missing):
+    make_trainer(tmp_path, SparsityCallback(**SETTINGS), steps=8).train()
+    file = tmp_path / "checkpoint-4" / STATE_FILE
+    state = torch.load(file, weights_only=True)
+    del state[missing]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=rf"{STATE_FILE} is not whole"):
+        make_trainer(tmp_path, SparsityCallback(**SETTINGS)).train(resume_from_checkpoint=str(file.parent))

@@ -53,6 +53,16 @@ def value_addresses(values, sample, number, row, column):
 
 
 @triton.jit
+def write_zeros(out, sample, query, first, start, stop, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros for some rows of the blocks of a part of a list."""
+    zeros = tl.zeros([ROWS, COLUMNS], out[0].dtype.element_ty)
+    for step in range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS)):
+        number, column = values_along(first, start, step, BLOCK, COLUMNS)
+        address = value_addresses(out, sample, number, query % BLOCK, column)
+        tl.store(address, zeros, mask=(number < first + stop)[None, :])
+
+
+@triton.jit
 def _sddmm_kernel(
     q,
     k,
