@@ -61,7 +61,8 @@ class AdaptiveAttention(nn.Module):
         blocks = -(-seq_len // block_size)
         self.register_buffer("layout_mask", torch.ones(num_heads, blocks, blocks, dtype=torch.bool))
         self.register_buffer("sparse", torch.zeros((), dtype=torch.bool))
-        self._is_sparse = False  # what the buffer says, readable without waiting for the device
+        # What the buffer ``sparse`` says, readable without waiting for the device, and the version that it was read of.
+        self._is_sparse, self._sparse_version = False, self.sparse._version
         self._current: tuple[tuple, BlockLayout] | None = None
         self.observe_samples = 0
         self.observe_score_matrix = True  # whether statistics are to have it: [L, S] of each layer
@@ -72,13 +73,17 @@ class AdaptiveAttention(nn.Module):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether a layout has been given."""
+        """Whether a layout has been given; what others have written to the buffer counts, such as an average's copy."""
+        if not (torch.compiler.is_compiling() or self.sparse.is_meta or self.sparse.is_inference()):
+            version = self.sparse._version
+            if version != self._sparse_version:
+                self._is_sparse, self._sparse_version = bool(self.sparse), version
         return self._is_sparse
 
     @property
     def layout(self) -> BlockLayout | None:
         """The layout in use, ``[H, M, N]``; None in the dense phase."""
-        return BlockLayout(self.layout_mask.clone(), self.block_size) if self._is_sparse else None
+        return BlockLayout(self.layout_mask.clone(), self.block_size) if self.is_sparse else None
 
     def set_layout(self, layout: BlockLayout | None) -> None:
         """Go on sparsely with a layout of H heads or one that all share; None: go on densely.
@@ -102,7 +107,7 @@ class AdaptiveAttention(nn.Module):
                 )
             self.layout_mask.copy_(layout.mask.expand_as(self.layout_mask))
         self.sparse.fill_(layout is not None)
-        self._is_sparse = layout is not None
+        self._is_sparse, self._sparse_version = layout is not None, self.sparse._version
 
     def forward(
         self,
@@ -136,7 +141,8 @@ class AdaptiveAttention(nn.Module):
         """
         _, heads, query_length, _ = query.shape
         key_length = key.shape[2]
-        if attn_bias is not None and not self._is_sparse:
+        sparse = self.is_sparse
+        if attn_bias is not None and not sparse:
             raise ValueError("the dense phase takes no attn_bias: its statistics would not know of it")
         if heads != self.num_heads or max(query_length, key_length) > self.seq_len:
             raise ValueError(
@@ -147,10 +153,10 @@ class AdaptiveAttention(nn.Module):
             raise ValueError("an attention with attn_bias cannot be watched: the sensitivity would not know of it")
         # Both phases and the statistics see one dtype.
         query, key, value = as_autocast_does(query, key, value)
-        if self.observe_samples and not (self._is_sparse and self.block_gate is not None):
+        if self.observe_samples and not (sparse and self.block_gate is not None):
             self.observe(query, key, key_padding_mask, query_padding_mask, scale)
         dropout = dropout_p if dropout_p is not None else self.dropout if self.training else 0.0
-        if self._is_sparse:
+        if sparse:
             context = ops.block_sparse_attention(
                 query,
                 key,
@@ -267,7 +273,7 @@ class AdaptiveAttention(nn.Module):
             return context
         first = slice(self.observe_samples)
         self.observed_samples = len(query[first])
-        layout = self._layout_for(query.shape[2], key.shape[2]) if self._is_sparse else None
+        layout = self._layout_for(query.shape[2], key.shape[2]) if self.is_sparse else None
         return ops.watch_blocks(
             context,
             self.block_gate,
@@ -283,10 +289,10 @@ class AdaptiveAttention(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._is_sparse = bool(self.sparse)
+        self._is_sparse, self._sparse_version = bool(self.sparse), self.sparse._version
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         density = int(self.layout_mask.count_nonzero()) / self.layout_mask.numel()
-        phase = f"sparse, density {density:.3f}" if self._is_sparse else "dense"
+        phase = f"sparse, density {density:.3f}" if self.is_sparse else "dense"
         return f"num_heads={self.num_heads}, seq_len={self.seq_len}, block_size={self.block_size}, {phase}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from sat.attention import AdaptiveAttention
@@ -23,11 +24,28 @@ class AdaptiveSparsity(SparsityPhases, Callback):
     arguments are those of :class:`sat.sparsity.SparsityPhases`.
     """
 
+    _steps_before: int | None = None  # the trainer's count when the batch at work began; None between two batches
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the attention modules and set up the controller."""
-        if stage == "fit":
-            _refuse_tensor_parallelism(pl_module)
-            self.find_attention(pl_module, rank=trainer.global_rank, world_size=trainer.world_size)
+        """Find the attention modules and set up the controller, if the model is made by now.
+
+        Raises:
+            ValueError: another callback, or the strategy, does not go together with learned layouts.
+        """
+        if stage != "fit":
+            return
+        _refuse_tensor_parallelism(pl_module)
+        _refuse_averaged_layouts(trainer)
+        if any(isinstance(module, AdaptiveAttention) for module in pl_module.modules()):
+            self._find(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find the attention of a model that was made in ``LightningModule.setup`` or ``configure_model``."""
+        if trainer.state.fn == "fit":
+            self._find(trainer, pl_module)
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.find_attention(pl_module, rank=trainer.global_rank, world_size=trainer.world_size)
 
     def find_attention(self, module: LightningModule, *, rank: int = 0, world_size: int = 1) -> None:
         """Take charge of a module's attention, in advance of a training or at its start; see :meth:`attach`."""
@@ -37,6 +55,7 @@ class AdaptiveSparsity(SparsityPhases, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the learning-rate factor act on every optimizer."""
+        self._find(trainer, pl_module)
         self.attach_optimizers(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,6 +64,7 @@ class AdaptiveSparsity(SparsityPhases, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A step that failed has not restored its learning rate."""
+        self._steps_before = None
         self.detach_optimizers()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -53,9 +73,12 @@ class AdaptiveSparsity(SparsityPhases, Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the layers for what is to be observed, at every ``interval``-th optimizer step."""
+        self._steps_before = trainer.global_step
         accumulated = trainer.accumulate_grad_batches
         alone = trainer.world_size * accumulated == 1  # then nobody asks how many sequences a batch of any kind has
-        self.before_batch(1 if alone else extract_batch_size(batch), batch_idx % accumulated == 0)
+        # A sample of a classifier with two towers is two sequences.
+        towers = getattr(getattr(pl_module, "model", None), "towers", 1)
+        self.before_batch(1 if alone else towers * extract_batch_size(batch), batch_idx % accumulated == 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -65,6 +88,19 @@ class AdaptiveSparsity(SparsityPhases, Callback):
         if values is not None:
             for each in trainer.loggers:
                 each.log_metrics(values, step=self._steps - 1)  # as Lightning numbers this step's metrics
+        self._steps_before = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to be saved between an optimizer step and what this callback makes of it.
+
+        Raises:
+            ValueError: another callback saves there.
+        """
+        if self._steps_before is not None and trainer.global_step != self._steps_before:
+            raise ValueError(
+                "a callback saves a checkpoint at the end of a batch before AdaptiveSparsity has seen it, so that a "
+                "resumed run would observe and switch a step later; put AdaptiveSparsity before it in callbacks"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Guard the sparse phase by the loss on validation data.
@@ -89,6 +125,15 @@ class AdaptiveSparsity(SparsityPhases, Callback):
 def ends_optimizer_step(trainer: Trainer, batch_idx: int) -> bool:
     """Whether this batch is the last of its gradient accumulation; an epoch's last batch always is."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def _refuse_averaged_layouts(trainer: Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and getattr(callback, "_use_buffers", True):
+            raise ValueError(
+                f"{type(callback).__name__} averages buffers too, and of layouts there is no average; give it "
+                f"use_buffers=False, and the averaged model has the latest layouts"
+            )
 
 
 def _refuse_tensor_parallelism(module: LightningModule) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -81,11 +83,14 @@ class WholeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint; to another file system than this machine's (``s3://``) as Lightning does.
 
         Raises:
             OSError: it cannot be written; the one that was there stays.
         """
+        if not isinstance(url_to_fs(str(path))[0], LocalFileSystem):
+            super().save_checkpoint(dict(checkpoint), path, storage_options)
+            return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_state(checkpoint, path)
 

@@ -277,3 +277,30 @@ def test_the_skewness_of_short_batches_is_that_of_the_matrix_that_they_leave(len
     expected = centred.pow(3).mean() / centred.square().mean() ** 1.5
     torch.testing.assert_close(short.statistics.skewness.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(padded.statistics.skewness.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_average_computes_what_its_own_buffers_say(use_buffers):
+    attention = AdaptiveAttention(2, 40, 16)
+    average = torch.optim.swa_utils.AveragedModel(
+        torch.nn.ModuleDict({"a": attention, "b": torch.nn.Linear(2, 2)}),
+        multi_avg_fn=None if use_buffers else torch.optim.swa_utils.get_ema_multi_avg_fn(0.9),
+    )
+    assert not average.module["a"].is_sparse
+    layout = oracle.random_layout(2, 3, 3, 16)
+    attention.set_layout(layout)
+    average.update_parameters(torch.nn.ModuleDict({"a": attention, "b": torch.nn.Linear(2, 2)}))
+    copied = average.module["a"]
+    assert copied.is_sparse
+    assert copied.layout == layout
+    inputs = qkv()
+    torch.testing.assert_close(copied(*inputs), oracle.attention(*inputs, layout))
+    attention.set_layout(None)
+    average.update_parameters(torch.nn.ModuleDict({"a": attention, "b": torch.nn.Linear(2, 2)}))
+    assert not copied.is_sparse
+
+
+def test_a_copy_on_the_meta_device_keeps_its_phase():
+    attention = AdaptiveAttention(2, 40, 16)
+    attention.set_layout(oracle.random_layout(2, 3, 3, 16))
+    assert copy.deepcopy(attention).to("meta").is_sparse

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -512,3 +512,115 @@ def test_layers_of_two_kinds_are_refused(tmp_path):
     module.second = AdaptiveAttention(HEADS, LENGTH, 16)
     with pytest.raises(ValueError, match="differ between first and second"):
         fit(tmp_path, always(), module)
+
+
+class Late(SomebodysModel):
+    """Made when Lightning asks for it."""
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+        self.scheduler, self.rates = "constant", []
+
+    def build(self) -> None:
+        if not hasattr(self, "first"):
+            made = SomebodysModel()
+            self.projections, self.first, self.second = made.projections, made.first, made.second
+
+
+class InSetup(Late):
+    def setup(self, stage):
+        self.build()
+
+
+class InConfigureModel(Late):
+    def configure_model(self):
+        self.build()
+
+
+@pytest.mark.parametrize("module", [InSetup, InConfigureModel])
+def test_models_that_are_made_late_switch_and_resume(tmp_path, module):
+    torch.manual_seed(0)
+    whole = always()
+    fit(tmp_path, whole, module(), limit_train_batches=4)
+    assert len(whole.layouts) == 2
+    torch.manual_seed(0)
+    begun = always()
+
+    class Saves(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"step={trainer.global_step}.ckpt")
+
+    fit(tmp_path, begun, module(), max_steps=8, limit_train_batches=4, callbacks=[begun, Saves()])
+    for step in (4, 8):
+        resumed, again = always(), module()
+        trainer = pl.Trainer(
+            default_root_dir=tmp_path, callbacks=[resumed], max_steps=20, limit_train_batches=4, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu", enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(again, data(), ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert [t.step for t in resumed.transitions] == [t.step for t in whole.transitions]
+        assert resumed.layouts == whole.layouts
+
+
+def test_a_module_without_attention_is_still_refused(tmp_path):
+    class Nothing(SomebodysModel):
+        def __init__(self) -> None:
+            pl.LightningModule.__init__(self)
+            self.scheduler, self.one = "constant", nn.Parameter(torch.ones(1))
+
+    with pytest.raises(ValueError, match=r"found no sat\.attention\.AdaptiveAttention in Nothing"):
+        fit(tmp_path, always(), Nothing())
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_averages_of_the_weights_have_the_latest_layouts_or_are_refused(tmp_path, buffers):
+    sparsity = always()
+    average = EMAWeightAveraging(use_buffers=buffers)
+    if buffers:
+        with pytest.raises(ValueError, match=r"EMAWeightAveraging averages buffers too, .*; give it use_buffers=False"):
+            fit(tmp_path, sparsity, callbacks=[average, sparsity])
+        return
+    module = fit(tmp_path, sparsity, callbacks=[average, sparsity])
+    assert module.first.layout == sparsity.controller.layouts[0]
+    assert average._average_model.module.first.layout == sparsity.controller.layouts[0]
+
+
+def test_a_callback_that_saves_too_early_is_refused(tmp_path):
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    sparsity = always()
+    with pytest.raises(ValueError, match="put AdaptiveSparsity before it in callbacks"):
+        fit(tmp_path, sparsity, callbacks=[Saves(), sparsity])
+    sparsity = always()
+    fit(tmp_path, sparsity, callbacks=[sparsity, Saves()])
+    assert (tmp_path / "a.ckpt").is_file()
+
+
+def test_layouts_that_came_from_elsewhere_are_noticed(tmp_path):
+    sparsity = always()
+    module = fit(tmp_path, sparsity, max_steps=10)
+    other = {name: x.clone() for name, x in module.state_dict().items()}
+    other["first.layout_mask"] = torch.eye(4, dtype=torch.bool).flip(0).expand(2, -1, -1).clone()
+    module.load_state_dict(other)
+    with pytest.raises(ValueError, match="first has another layout than the state of AdaptiveSparsity knows"):
+        fit(tmp_path, sparsity, module)
+
+
+def test_the_sequences_of_two_towers_are_counted(tmp_path):
+    """Two batches of an accumulation: the first ones of the whole batch are observed, as in one process."""
+    counted = []
+
+    class Pairs(SomebodysModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Module()
+            self.model.towers = 2
+
+        def training_step(self, batch, batch_idx):
+            counted.append(self.first.observe_samples)
+            return super().training_step([torch.cat([x, x]) for x in batch], batch_idx)
+
+    fit(tmp_path, always(samples=12, interval=1), Pairs(), max_steps=1, accumulate_grad_batches=2)
+    assert counted == [12, 4]  # 4 pairs in a batch are 8 sequences

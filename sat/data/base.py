@@ -173,6 +173,11 @@ class SequenceDataModule(pl.LightningDataModule):
                 f"{self.dataset_name}: {len(rows)} {split} sample(s) for {world_size} processes; use fewer processes "
                 f"or raise --data.eval_samples"
             )
+        if self.eval_batch_size == 1 and len(rows) % world_size:
+            raise ValueError(
+                f"{self.dataset_name}: {len(rows)} {split} samples, one at a time, leave some of {world_size} "
+                f"processes without one at the end; use --data.eval_batch_size 2"
+            )
         batches = EvalBatches(len(rows), self.eval_batch_size, seed=0, world_size=world_size, rank=rank, shuffle=False)
         return eval_loader(self.dataset(tensors, rows), batches, self.num_workers)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,12 +151,10 @@ def _official_validation(listing: Path) -> set[Path]:
 def _pictures(folder: Path) -> list[tuple[str, Path]]:
     """(class name, file) of each picture, where the class is the folder's first level; sorted."""
     found = []
-    for place, _, names in os.walk(folder):
-        inside = Path(place).relative_to(folder)
-        if inside.parts and not inside.parts[0].startswith("."):
-            found += [
-                (inside.parts[0], Path(place, name)) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES
-            ]
+    for file in sources.files_below(folder):
+        inside = file.relative_to(folder).parts
+        if len(inside) > 1 and not inside[0].startswith(".") and file.suffix.lower() in IMAGE_SUFFIXES:
+            found.append((inside[0], file))
     return sorted(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,11 @@ def find_parquet(path: Path) -> dict[str, list[Path]]:
     """
     if path.is_file():
         return {"train": [path]}
-    files = sorted(file for file in path.rglob("*.parquet") if not file.relative_to(path).parts[0].startswith("."))
+    files = sorted(
+        file
+        for file in files_below(path)
+        if file.suffix == ".parquet" and not file.relative_to(path).parts[0].startswith(".")
+    )
     splits: dict[str, list[Path]] = {}
     for file in files:
         inside = file.relative_to(path)
@@ -78,6 +83,16 @@ def find_parquet(path: Path) -> dict[str, list[Path]]:
             f"that holds train*.parquet (and, if there are, validation*.parquet and test*.parquet)"
         )
     return splits
+
+
+def files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All files of a folder and of those in it, also where these are links, but for one to a folder it is in."""
+    real = os.path.realpath(folder)
+    for path in folder.iterdir() if real not in above else ():
+        if path.is_dir():
+            yield from files_below(path, above | {real})
+        else:
+            yield path
 
 
 def fingerprint(files: Iterable[Path]) -> list[list[str | int]]:
@@ -136,7 +151,19 @@ def hub_tables(hub_id: str, cache_dir: Path, dataset: str, config: str | None = 
         splits = datasets.load_dataset(hub_id, config, cache_dir=str(hub_cache))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreachable(hub_id, dataset, error) from error
-    return {split: _hub_table(f"{hub_id} ({name})", rows) for name, rows in splits.items() if (split := split_of(name))}
+    chosen: dict[str, str] = {}
+    for name in splits:
+        split = split_of(name)
+        if split is None or chosen.get(split) == split:
+            continue
+        if name != split and split in chosen and split not in splits:
+            raise ValueError(
+                f"{hub_id} has {chosen[split]!r} and {name!r}, which both may be its {split} split; download the files "
+                f"that are meant and give their folder as --data.path"
+            )
+        if name == split or split not in chosen:
+            chosen[split] = name
+    return {split: _hub_table(f"{hub_id} ({name})", splits[name]) for split, name in chosen.items()}
 
 
 def from_folder_or_hub(name: str, load: Callable[[bool], Loaded], what: str, option: str) -> Loaded:

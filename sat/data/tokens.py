@@ -201,6 +201,13 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+# In the files of a tokenizer: where it comes from, and how it was called last.
+NO_SETTINGS = {
+    "tokenizer_config.json": ("is_local", "local_files_only", "name_or_path"),
+    "tokenizer.json": ("truncation", "padding"),
+}
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """A digest of all that a tokenizer saves of itself: equal for copies of it, wherever they come from."""
     digest = hashlib.sha256()
@@ -208,10 +215,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
         tokenizer.save_pretrained(folder)
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             content = file.read_bytes()
-            if file.name == "tokenizer_config.json":
+            if file.name in NO_SETTINGS:
                 settings = json.loads(content)
-                for origin in ("is_local", "local_files_only", "name_or_path"):
-                    settings.pop(origin, None)
+                for name in NO_SETTINGS[file.name]:
+                    settings.pop(name, None)
                 content = json.dumps(settings, sort_keys=True).encode()
             digest.update(f"{file.name} {len(content)} ".encode() + content)
     return digest.hexdigest()[:20]

@@ -292,6 +292,13 @@ class SparsityPhases:
                     f"{name} is {state}, but the state of {type(self).__name__} says otherwise; resume from a "
                     f"checkpoint that was trained with this callback, or start densely with set_layout(None)"
                 )
+            layout, known = attention.layout, self.controller.layouts[index]
+            if layout is not None and known is not None and not _equal(layout, known):
+                raise ValueError(
+                    f"{name} has another layout than the state of {type(self).__name__} knows, such as one that was "
+                    f"loaded from a file after a training; resume from that checkpoint, or give the layouts to a new "
+                    f"callback with begin_with"
+                )
         self._check_processes()
 
     def _check_processes(self) -> None:
@@ -515,6 +522,11 @@ class SparsityPhases:
         self.history = list(state_dict["history"])
         self._steps, self.began = state_dict["steps"], state_dict.get("began", "")
         self._guard.load_state_dict(state_dict.get("guard", {}))
+
+
+def _equal(layout: BlockLayout, shared: BlockLayout) -> bool:
+    mask = layout.mask.cpu()
+    return torch.equal(mask, shared.mask.expand_as(mask))
 
 
 def _no_guard(guard: float, what: str) -> str:

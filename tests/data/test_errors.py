@@ -182,6 +182,38 @@ def test_rows_from_the_hub_are_those_of_the_same_files(
     assert all(a[key].equal(b[key]) for a, b in pairs for key in a)
 
 
+def test_of_several_splits_on_the_hub_the_one_of_the_name_is_taken(
+    text_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    import datasets
+    import huggingface_hub
+
+    folder = text_folder(train=PAIRS * 2, test=PAIRS)
+    rows = {name: datasets.Dataset(pq.read_table(folder / f"{name}.parquet")) for name in ("train", "test")}
+    small = rows["train"].select(range(2))
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    splits = {"train_small": small, "train": rows["train"], "test": rows["test"], "test_adversarial": small}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(splits))
+    data = YelpPolarity(cache_dir=str(folder / "cache"), batch_size=4, seq_len=8)
+    data.setup()
+    assert {name: len(rows) for name, (_, rows) in data._rows.items()} == {"train": 36, "validation": 4, "test": 20}
+    del splits["train"]
+    splits["train_large"] = rows["train"]
+    with pytest.raises(ValueError, match=r"'train_small' and 'train_large', which both may be its train split"):
+        YelpPolarity(cache_dir=str(folder / "other"), batch_size=4, seq_len=8).setup()
+
+
+def test_one_at_a_time_needs_as_many_samples_for_each_process(text_folder: Callable[..., Path]):
+    folder = text_folder(train=PAIRS * 5, validation=PAIRS, test=PAIRS)
+    data = YelpPolarity(path=str(folder), cache_dir=str(folder / "cache"), seq_len=8, batch_size=1)
+    data.setup()
+    data.trainer = SimpleNamespace(world_size=3, global_rank=1)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"20 test samples, one at a time, leave some of 3 processes without one"):
+        data.test_dataloader()
+    data.trainer = SimpleNamespace(world_size=2, global_rank=1)  # type: ignore[assignment]
+    assert [len(batch["labels"]) for batch in data.test_dataloader()] == [1] * 10
+
+
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_split_without_rows(text_folder: Callable[..., Path], split: str):
     folder = text_folder(train=PAIRS, validation=PAIRS, test=PAIRS)

@@ -101,6 +101,18 @@ def test_class_folders_without_splits(tmp_path: Path):
     assert set.union(*splits.values()) == {(i, i // 5) for i in range(10)}
 
 
+def test_class_folders_may_be_links(tmp_path: Path):
+    write_pictures(tmp_path / "all", [f"{name}/{i}.png" for name in ("Aves", "Fungi", "Plantae") for i in range(5)])
+    for split in ("train", "test"):
+        (tmp_path / "root" / split).mkdir(parents=True)
+        for name in ("Aves", "Fungi"):
+            (tmp_path / "root" / split / name).symlink_to(tmp_path / "all" / name)
+    data = inaturalist(tmp_path / "root", tmp_path)
+    splits = splits_of(data)
+    assert data.class_names == ["Aves", "Fungi"]
+    assert splits["test"] == {(i, i // 5) for i in range(10)}
+
+
 @pytest.mark.parametrize("held_out", ["val", "validation"])
 def test_class_folders_with_train_and_validation(tmp_path: Path, held_out: str):
     root = tmp_path / "root"

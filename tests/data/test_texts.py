@@ -88,6 +88,19 @@ def test_files_as_the_hub_names_them_are_found(text_folder: Callable[..., Path])
     assert {name: len(rows) for name, (_, rows) in data._rows.items()} == {"train": 18, "validation": 2, "test": 4}
 
 
+def test_linked_folders_are_folders(text_folder: Callable[..., Path], tmp_path: Path):
+    text_folder(train=PAIRS * 5, test=PAIRS)
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for place, name in ((folder / "train", "train"), (elsewhere, "test")):
+        place.mkdir(parents=True)
+        (tmp_path / f"{name}.parquet").rename(place / "0000.parquet")
+    (folder / "test").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(folder)  # without end, for who follows it
+    data = YelpPolarity(path=str(folder), cache_dir=str(tmp_path / "cache"), seq_len=8, batch_size=2)
+    data.setup()
+    assert {name: len(rows) for name, (_, rows) in data._rows.items()} == {"train": 18, "validation": 2, "test": 4}
+
+
 def test_a_single_parquet_file_is_split(text_folder: Callable[..., Path]):
     file = text_folder(train=PAIRS * 5) / "train.parquet"
     data = YelpPolarity(path=str(file), cache_dir=str(file.parent / "cache"), seq_len=8, batch_size=2)

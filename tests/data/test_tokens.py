@@ -101,6 +101,10 @@ def test_the_cache_depends_on_what_is_in_the_tokenizer(tmp_path: Path, monkeypat
     prepare(tokenizer, seq_len=12)
     assert files() == 4
     copy = shutil.copytree(tokenizer, tmp_path / "copy")
+    data = make(MRPC, folder, tokenizer, seq_len=16)
+    before = data.encoding()
+    data.tokenizer("moon", truncation=True, max_length=3)  # which it remembers
+    assert data.encoding() == before
     monkeypatch.setattr(MRPC, "encode", None)  # would fail
     assert all(a.equal(b) for a, b in zip(first, prepare(copy), strict=True))
     # The same folder with another content
