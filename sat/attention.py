@@ -243,11 +243,13 @@ class AdaptiveAttention(nn.Module):
         if query.shape[2] == key.shape[2] == self.seq_len:
             self.statistics = statistics
             return
-        # Positions that this batch does not reach received no attention: one grid for batches of every length.
+        # Positions that this batch does not reach received no attention: one grid for batches of every length. A mean
+        # over part of a block becomes one over all of it.
+        reached = [self._reached(length, query.device) for length in (query.shape[2], key.shape[2])]
         pooled, matrix = (
             None if x is None else F.pad(x, (0, columns - x.shape[-1], 0, rows - x.shape[-2]))
             for x, (rows, columns) in (
-                (statistics.pooled, self.layout_mask.shape[1:]),
+                (statistics.pooled * torch.outer(*reached), self.layout_mask.shape[1:]),
                 (statistics.score_matrix, (self.seq_len, self.seq_len)),
             )
         )
@@ -255,6 +257,11 @@ class AdaptiveAttention(nn.Module):
         # Of the whole matrix: that is what the mean over several batches and processes has.
         whole = statistics.skewness if matrix is None else skewness(matrix).float()
         self.statistics = ops.AttentionStatistics(pooled, whole, matrix)
+
+    def _reached(self, length: int, device: torch.device) -> Tensor:
+        """Which share of their tokens the blocks have that a sequence of this length reaches."""
+        starts = torch.arange(0, length, self.block_size, device=device)
+        return (length - starts).clamp(max=self.block_size) / (self.seq_len - starts).clamp(max=self.block_size)
 
     def watch(
         self,

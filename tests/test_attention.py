@@ -279,6 +279,20 @@ def test_the_skewness_of_short_batches_is_that_of_the_matrix_that_they_leave(len
     torch.testing.assert_close(padded.statistics.skewness.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("length", "seq_len"), [(33, 64), (5, 40), (40, 60), (17, 17)])
+def test_a_part_of_a_block_counts_for_as_much_as_it_is(length, seq_len):
+    """The same attention, padded to the full length, has the same mass in each block."""
+    query, key = torch.randn(2, 3, 2, seq_len, 8)
+    padding = torch.zeros(3, seq_len, dtype=torch.bool)
+    padding[:, :length] = True
+    short, padded = AdaptiveAttention(2, seq_len, 16), AdaptiveAttention(2, seq_len, 16)
+    for attention in (short, padded):
+        attention.observe_samples = 3
+    short.observe(query[:, :, :length], key[:, :, :length])
+    padded.observe(query, key, padding, padding)
+    torch.testing.assert_close(short.statistics.pooled, padded.statistics.pooled, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_an_average_computes_what_its_own_buffers_say(use_buffers):
     attention = AdaptiveAttention(2, 40, 16)

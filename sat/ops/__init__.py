@@ -121,6 +121,7 @@ def block_sparse_attention(
     checks.check_scale(scale)
     checks.check_choice("pruned", pruned, ("drop", "zero"))
     backend_name = _choose_backend(backend, query, layout.block_size, head_dim)
+    checks.check_no_tangents(backend_name, query, key, value, attn_bias)
     scale = head_dim**-0.5 if scale is None else scale
     if not fused:
         # Scaled first: the products of half precisions may be too large for them.
@@ -204,6 +205,7 @@ def sddmm(query: Tensor, key: Tensor, layout: BlockLayout, *, backend: Backend =
     checks.check_layout(layout, query, "query")
     checks.check_lengths(layout, query.shape[2], key.shape[2])
     chosen = _choose_backend(backend, query, layout.block_size, query.shape[3])
+    checks.check_no_tangents(chosen, query, key)
     if chosen == "reference":
         return reference.sddmm(query, key, layout)
     if chosen == "triton":
@@ -280,6 +282,7 @@ def sparse_softmax(
     query_length, key_length = lengths
     checks.check_lengths(layout, query_length, key_length)
     chosen = _choose_backend(backend, scores, size)
+    checks.check_no_tangents(chosen, scores, attn_bias, rpe)
     key_padding_mask, attn_bias = masks.combine(
         scores,
         (batch, num_heads, query_length, key_length),
@@ -360,6 +363,7 @@ def spmm(
     lengths = (value.shape[2], output_length) if transpose else (output_length, value.shape[2])
     checks.check_lengths(layout, *lengths)
     chosen = _choose_backend(backend, value, layout.block_size, value.shape[3])
+    checks.check_no_tangents(chosen, weights, value)
     if chosen == "reference":
         return reference.spmm(weights, value, layout, transpose=transpose, output_length=output_length)
     if chosen == "triton":
@@ -495,7 +499,8 @@ def block_sensitivity(
     Summed over the block's queries, that is what a sample's loss would change by; squared, and averaged over the
     samples. A block that is looked at but does not matter has a small one, other than its attention mass. It is that
     of weights without dropout and without ``pruned="zero"``. Computed in PyTorch on any device, and nothing of size
-    ``[B, H, L, S]`` is held. Not differentiable.
+    ``[B, H, L, S]`` is held. Not differentiable. Where a block outweighs all others by more than float32 can tell (a
+    factor of about ``e ** 103``), its effect is that of a row without any others.
 
     Args:
         query: ``[B, H, L, D]``.
@@ -563,6 +568,7 @@ def watch_blocks(
         A copy of ``context``, with its gradient.
     """
     checks.check_query_key(query, key, value)
+    checks.check_no_tangents("torch", context)
     mask = _observed_mask(query, key, layout, block_size)
     checks.check_padding("key_padding_mask", key_padding_mask, query.shape[0], key.shape[2], query.device)
     checks.check_scale(scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sat.layout import BlockLayout
 
@@ -35,6 +36,17 @@ def check_dense(**tensors: Tensor) -> None:
             raise TypeError(f"{first_name} is {first.dtype} but {name} is {x.dtype}; convert them to one dtype")
         if x.device != first.device:
             raise ValueError(f"{first_name} is on {first.device} but {name} is on {x.device}; move them to one device")
+
+
+def check_no_tangents(backend: str, *tensors: Tensor | None) -> None:
+    """Refuse what forward-mode derivatives would make of an operator without one: silently 0."""
+    if backend == "reference" or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "there are no forward-mode derivatives (torch.func.jvp, jacfwd, linearize) of block-sparse kernels; use "
+            "reverse mode (torch.func.vjp, jacrev), or backend='reference'"
+        )
 
 
 def check_query_key(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
@@ -174,6 +186,10 @@ def check_values(name: str, values: Tensor, layout: BlockLayout, num_heads: int 
     if num_heads is None:
         shared = layout.num_heads == 1 and layout.nnz > 0 and values.dim() == 4
         num_heads = values.shape[1] // layout.nnz if shared else layout.num_heads
+    if num_heads < 1 or layout.num_heads not in (1, num_heads):
+        raise ValueError(
+            f"num_heads must be at least 1, and {layout.num_heads} where the layout has as many, got {num_heads}"
+        )
     if values.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
     expected = (layout.nnz * (num_heads // layout.num_heads), layout.block_size, layout.block_size)

@@ -5,8 +5,8 @@ number of scores at a time. So time grows with the kept blocks, and the memory f
 does grow, beyond inputs and outputs: the indices, with the kept blocks of every sample; and one copy of each input that
 is not contiguous, ends in a partial block or is of half precision, in a buffer that a CPU keeps for the next call (if
 it is not larger than ``workspace.KEPT_BUFFER``). The backward pass computes the weights once more, so that nothing of
-their size is kept in between. Block sums into key and value gradients go in a fixed order: results are repeatable bit
-for bit.
+their size is kept in between. On a CPU block sums into key and value gradients go in a fixed order, so that results are
+repeatable bit for bit; on a GPU PyTorch adds them atomically.
 
 Shapes: B batch, H heads, L queries, S keys, D head dimension, b block size, M x N blocks; n block rows in a chunk,
 each of which keeps k blocks.

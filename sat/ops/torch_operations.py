@@ -72,13 +72,21 @@ def spmm(weights: Tensor, value: Tensor, mask: Tensor, transpose: bool, output_l
         rows, columns, weights = columns, rows, weights.transpose(2, 3)
     blocks_out = mask.shape[2 if transpose else 1]
     v_blocks = _to_blocks(value, size)
+    # Past the end there is nothing to be weighed, whatever the weights are there: scores of sddmm are -inf.
+    past = None
+    if value.shape[2] % size:
+        past = (columns % (v_blocks.shape[1] // heads))[:, None] * size + torch.arange(size, device=value.device)
+        past = (past >= value.shape[2])[:, None]
     # Half precisions are summed in float32, as one dense matrix product would.
     compute = torch.promote_types(value.dtype, torch.float32)
     out = value.new_zeros(batch, heads * blocks_out, size, dim, dtype=compute)
     chunks = _split(batch, nnz, size * dim)
     for start in chunks:
         part = slice(start, start + chunks.step)
-        out.index_add_(1, rows[part], weights[:, part].to(compute) @ v_blocks[:, columns[part]].to(compute))
+        of_part = weights[:, part].to(compute)
+        if past is not None:
+            of_part = of_part.masked_fill(past[part], 0)
+        out.index_add_(1, rows[part], of_part @ v_blocks[:, columns[part]].to(compute))
     out = out.view(batch, heads, blocks_out * size, dim)[:, :, :output_length]
     return out.to(value.dtype).contiguous()
 
@@ -165,7 +173,7 @@ def sparse_softmax(
     totals = _row_sums(x.sum(3), rows, num_rows)
     if pruned is not None:
         totals = totals + pruned * torch.exp(-pivot.clamp(min=0))
-    return x.div_(totals.masked_fill_(totals == 0, 1)[:, rows].unsqueeze(3)).to(scores.dtype)
+    return x.div_(totals.masked_fill_(totals == 0, 1)[:, rows].unsqueeze(3)).to(scores.dtype).contiguous()
 
 
 @sparse_softmax.register_fake
@@ -181,7 +189,7 @@ def sparse_softmax_backward(grad: Tensor, weights: Tensor, mask: Tensor, num_hea
     rows, _ = _entries(mask, num_heads)
     p, dp = weights.to(compute), grad.to(compute)
     mean = _row_sums((p * dp).sum(3), rows, num_heads * mask.shape[1])
-    return (p * (dp - mean[:, rows].unsqueeze(3))).to(grad.dtype)
+    return (p * (dp - mean[:, rows].unsqueeze(3))).to(grad.dtype).contiguous()
 
 
 @sparse_softmax_backward.register_fake

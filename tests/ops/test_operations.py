@@ -134,6 +134,66 @@ def test_matmul(backend, mode, trans_a, trans_b):
     torch.testing.assert_close(ours, expected)
 
 
+@BACKENDS
+@pytest.mark.parametrize("transpose", [False, True])
+def test_what_weights_hold_past_the_end_counts_for_nothing(backend, transpose):
+    """Scores are -inf there."""
+    layout, query, key = make(2, 2, 20, 37, 16)
+    scores = ops.sddmm(query, key, layout, backend=backend)
+    other = torch.randn(2, 2, 20 if transpose else 37, 5, dtype=torch.float64, requires_grad=True)
+    length = 37 if transpose else 20
+    ours = ops.spmm(scores, other, layout, transpose=transpose, output_length=length, backend=backend)
+    dense = (query @ key.transpose(2, 3)) * layout.mask.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :20, :37]
+    expected = (dense.transpose(2, 3) if transpose else dense) @ other
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.randn_like(expected)
+    inputs = (query, key, other)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    )
+
+
+def test_softmax_gives_contiguous_values_as_compilers_are_told():
+    layout = oracle.random_layout(2, 3, 3, 16, density=0.5)
+    scores = torch.randn(2, layout.nnz, 16, 16).transpose(2, 3).requires_grad_()
+    weights = ops.sparse_softmax(scores, layout, backend="torch")
+    assert weights.is_contiguous()
+    (grad,) = torch.autograd.grad(weights, scores, torch.randn(2, layout.nnz, 16, 16).transpose(2, 3))
+    assert grad.shape == scores.shape
+    operator = torch_operations.sparse_softmax
+    torch.library.opcheck(operator, (scores, None, None, None, layout.mask, 2, 1.0), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("wrapped", ["attention", "sddmm", "softmax", "spmm"])
+def test_forward_mode_derivatives_are_refused_and_not_zero(wrapped):
+    layout, query, key = make(2, 2, 48, 48, 16)
+    query, key = query.detach(), key.detach()
+    scores = torch.randn(2, layout.nnz, 16, 16, dtype=torch.float64)
+    calls = {
+        "attention": (lambda x, backend: ops.block_sparse_attention(x, key, key, layout, backend=backend), query),
+        "sddmm": (lambda x, backend: ops.sddmm(x, key, layout, backend=backend), query),
+        "softmax": (lambda x, backend: ops.sparse_softmax(x, layout, backend=backend), scores),
+        "spmm": (lambda x, backend: ops.spmm(x, key, layout, backend=backend), scores),
+    }
+    call, x = calls[wrapped]
+    tangent = torch.randn_like(x)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda x: call(x, "torch"), (x,), (tangent,))
+    _, found = torch.func.jvp(lambda x: call(x, "reference"), (x,), (tangent,))
+    assert found.nan_to_num().abs().sum() > 0
+
+
+@pytest.mark.parametrize("num_heads", [0, 3])
+def test_a_layout_for_other_heads_is_refused(num_heads):
+    layout = BlockLayout(torch.ones(2, 2, 2, dtype=torch.bool), 16)
+    for backend in ("reference", "torch", "triton"):
+        with pytest.raises(ValueError, match=f"num_heads must be at least 1, and 2 where .*, got {num_heads}"):
+            ops.sparse_softmax(torch.randn(1, 8, 16, 16), layout, num_heads=num_heads, backend=backend)
+    shared = BlockLayout(torch.ones(1, 2, 2, dtype=torch.bool), 16)
+    with pytest.raises(ValueError, match="num_heads must be at least 1, .*, got 0"):
+        ops.sparse_softmax(torch.randn(1, 0, 16, 16), shared)
+
+
 def test_gradcheck():
     layout, query, key = make(2, 2, 8, 8, 4)
     values = torch.randn(2, layout.nnz, 4, 4, dtype=torch.float64, requires_grad=True)
