@@ -190,7 +190,7 @@ def test_a_layout_for_other_heads_is_refused(num_heads):
         with pytest.raises(ValueError, match=f"num_heads must be at least 1, and 2 where .*, got {num_heads}"):
             ops.sparse_softmax(torch.randn(1, 8, 16, 16), layout, num_heads=num_heads, backend=backend)
     shared = BlockLayout(torch.ones(1, 2, 2, dtype=torch.bool), 16)
-    with pytest.raises(ValueError, match="num_heads must be at least 1, .*, got 0"):
+    with pytest.raises(ValueError, match=r"num_heads must be at least 1, .*, got 0"):
         ops.sparse_softmax(torch.randn(1, 0, 16, 16), shared)
 
 
