@@ -51,7 +51,7 @@ def measure(*arguments: str) -> list[dict]:
 def test_the_training_takes_every_setting(scale, task, method):
     known = accuracy_settings.ARENA[task]
     own = accuracy_settings.overrides(scale, task, method, known.small_steps if scale == "small" else None, {})
-    run = accuracy.Run(task, method, 0, own, {}, None, None)
+    run = accuracy.Run(task, method, 0, own, {}, None, None, 0.5)
     args, _ = cli.parse(run.command(Path("nowhere"))[3:])
     assert args.model.attention == {"sat": "adaptive", "window": "structure"}.get(method, "dense")
     config = accuracy_settings.flat(accuracy_settings.read_config(shipped_configs() / known.config))
