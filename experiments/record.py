@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,8 @@ def save(
 ) -> Path:
     """Write ``experiments/results/name.json``, or into another folder; whole or not at all.
 
+    A ``note`` that somebody has written into the file before stays, such as where the data came from.
+
     Args:
         name: of the file.
         command: what makes it.
@@ -127,6 +129,8 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     content = {"format": FORMAT, "command": command, **environment(device), **figures}
+    with suppress(OSError, ValueError, KeyError):
+        content = {"note": json.loads(path.read_text())["note"], **content}
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path

@@ -325,3 +325,13 @@ def test_the_same_files_make_the_same_bytes(tmp_path):
     first = made()
     assert set(first) == {"RESULTS.md", "accuracy_small.png", "scaling_cpu.png"}
     assert made() == first
+
+
+def test_what_somebody_has_noted_in_a_file_stays(tmp_path):
+    record.save("one", "python -m it", {"runs": [1]}, tmp_path)
+    content = json.loads((tmp_path / "one.json").read_text())
+    assert "note" not in content
+    (tmp_path / "one.json").write_text(json.dumps({"note": "from a friend", **content}))
+    record.save("one", "python -m it", {"runs": [1, 2]}, tmp_path)
+    content = json.loads((tmp_path / "one.json").read_text())
+    assert (content["note"], content["runs"]) == ("from a friend", [1, 2])
