@@ -227,10 +227,10 @@ class ClassificationModule(LightningModule):
             theirs = optimizer.get("param_groups", [])
             rates = [[group.get("max_lr") for group in theirs], [group["lr"] for group in groups]]
             if rates[0] != rates[1]:
-                raise _another("lr (times layer_decay)", *(", ".join(f"{rate:g}" for rate in each) for each in rates))
+                raise _another("lr (times layer_decay)", *(", ".join(map(str, each)) for each in rates))
             for name in ("weight_decay", "betas", "eps"):
                 saved, own = theirs[0].get(name), getattr(self, name)
-                if (tuple(saved) if name == "betas" else saved) != own:
+                if (tuple(saved) if isinstance(saved, list) else saved) != own:
                     raise _another(name, saved, own)
 
     def _warmup(self, total: float) -> float:

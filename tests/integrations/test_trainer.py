@@ -20,9 +20,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def make_model() -> Any:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
+def small(config: Any, **options: Any) -> Any:
+    return config(
         vocab_size=50,
         hidden_size=16,
         num_hidden_layers=2,
@@ -30,9 +29,14 @@ def make_model() -> Any:
         intermediate_size=16,
         max_position_embeddings=24,
         num_labels=3,
-        attn_implementation="sat",
+        pad_token_id=0,
+        **options,
     )
-    return transformers.BertForSequenceClassification(config)
+
+
+def make_model() -> Any:
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(small(transformers.BertConfig, attn_implementation="sat"))
 
 
 def make_samples(count: int = 48) -> list[dict[str, Any]]:
@@ -219,19 +223,6 @@ def test_refuses_what_the_phases_refuse():
         SparsityCallback(density=2.0)
     with pytest.raises(TypeError, match="densty"):
         SparsityCallback(densty=0.5)
-
-
-def small(config: Any) -> Any:
-    return config(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=24,
-        num_labels=3,
-        pad_token_id=0,
-    )
 
 
 def bidirectional_llama() -> Any:
