@@ -88,11 +88,14 @@ def find_parquet(path: Path) -> dict[str, list[Path]]:
 def files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """All files of a folder and of those in it, also where these are links, but for one to a folder it is in."""
     real = os.path.realpath(folder)
-    for path in folder.iterdir() if real not in above else ():
-        if path.is_dir():
-            yield from files_below(path, above | {real})
-        else:
-            yield path
+    if real in above or not os.access(folder, os.R_OK | os.X_OK):  # lost+found, say
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from files_below(Path(entry.path), above | {real})
+            else:
+                yield Path(entry.path)
 
 
 def fingerprint(files: Iterable[Path]) -> list[list[str | int]]:
