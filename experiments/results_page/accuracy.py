@@ -175,11 +175,12 @@ def middle(values: Sequence[float | None]) -> str:
 
 
 def masks(content: Content) -> Shown:
-    """Accuracy by rule and task, and what the layouts hold of the attention; of the newest settings."""
-    runs = [run for run in content["runs"] if run["settings"] == content["runs"][-1]["settings"]]
+    """Accuracy by rule and task, and what the layouts hold of the attention; of each task's newest settings."""
+    newest = {run["task"]: run["settings"] for run in content["runs"]}
+    runs = [run for run in content["runs"] if run["settings"] == newest[run["task"]]]
     grid = Grid(runs, "rule", lambda run: run["accuracy"])
-    settings = ", ".join(f"{name} {value:g}" for name, value in runs[-1]["settings"].items())
-    text = [f"Settings: {settings}.", grid.table("accuracy")]
+    settings = [f"{task} {', '.join(f'{name} {x:g}' for name, x in newest[task].items())}" for task in grid.tasks]
+    text = [f"Settings: {'; '.join(settings)}.", grid.table("accuracy")]
     held: dict[str, list[float]] = {}
     for run in runs:
         if "best_mass" in run:

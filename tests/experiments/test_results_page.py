@@ -124,7 +124,7 @@ def test_masks_by_rule_and_the_blocks_they_kept(tmp_path):
     _, page = make(tmp_path)
     assert "| gram | 0.400 ± 0.000 (2) |" in page
     assert "of the most possible: gram 25%." in page
-    assert "Settings: steps 1000, density 0.1." in page
+    assert "Settings: digits steps 1000, density 0.1." in page
     assert "better than the best of ours (gram, 0.400) is dense by 10.0 points" in page
 
 
