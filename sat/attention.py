@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat import ops
-from sat.layout import BlockLayout
+from sat.layout import BlockLayout, check_is_layout
 from sat.ops.autocast import as_autocast_does
 from sat.ops.moments import skewness
 
@@ -92,11 +92,13 @@ class AdaptiveAttention(nn.Module):
         (``.data``, or a broadcast between processes, which is right only if all had the same layout before).
 
         Raises:
+            TypeError: it is no layout, but a mask or a pattern.
             ValueError: the layout has another block size, number of heads or of blocks.
         """
         if layout is None:
             self.layout_mask.fill_(True)
         else:
+            check_is_layout("layout", layout)
             heads, rows, columns = self.layout_mask.shape
             if layout.block_size != self.block_size:
                 raise ValueError(f"the layout has blocks of {layout.block_size}, this attention of {self.block_size}")

@@ -10,7 +10,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from sat.layout import BlockLayout
+from sat.layout import BlockLayout, check_is_layout
 
 
 class Reach(NamedTuple):
@@ -22,7 +22,8 @@ class Reach(NamedTuple):
         shares: after each layer, the share of the pairs of blocks that are reached, 0 to 1; of causal layouts, of the
             pairs in which the key does not come after the query.
         complete: how many layers it takes until any token has reached any other; None if all of them do not suffice.
-        causal: whether the layers keep blocks below the diagonal and none above it, so that nothing can travel there.
+        causal: whether the layouts keep blocks below the diagonal and none above it, so that nothing can travel there.
+            Dense layers between them are then taken for causal, too.
     """
 
     maps: list[Tensor]
@@ -42,8 +43,14 @@ def reach(layouts: Sequence[BlockLayout | None]) -> Reach:
         layouts: one a layer, from the input to the output, all of the same square shape; None: a dense layer.
 
     Raises:
+        TypeError: one of them is no layout.
         ValueError: there is no layout, or they are not square, or of different shapes.
     """
+    if isinstance(layouts, BlockLayout):
+        raise TypeError("layouts must be a list with a layout for each layer, got a single BlockLayout")
+    for place, layout in enumerate(layouts):
+        if layout is not None:
+            check_is_layout(f"layouts[{place}]", layout)
     shapes = {layout.shape for layout in layouts if layout is not None}
     if len(shapes) != 1:
         given = "none" if not shapes else " and ".join(f"{rows} x {columns}" for rows, columns in sorted(shapes))
@@ -54,14 +61,14 @@ def reach(layouts: Sequence[BlockLayout | None]) -> Reach:
             f"connectivity needs queries and keys to be the same tokens, but the layouts have {rows} x {columns} blocks"
         )
     unions = [None if layout is None else layout.mask.any(0).cpu().numpy() for layout in layouts]
-    causal = all(union is not None and not np.triu(union, 1).any() for union in unions)
-    causal &= any(union is not None and np.tril(union, -1).any() for union in unions)
+    sparse = [union for union in unions if union is not None]
+    causal = not any(np.triu(union, 1).any() for union in sparse) and any(np.tril(union, -1).any() for union in sparse)
     pairs = rows * (rows + 1) // 2 if causal else rows * rows
     known = np.zeros((rows, rows), dtype=bool)
     maps, shares = [], []
     for union in unions:
         if union is None:
-            known = np.ones_like(known)
+            known = np.tri(rows, dtype=bool) if causal else np.ones_like(known)
         elif known.sum() < pairs:
             # Sparse times dense: what is known fills up within a few layers, what one layer adds is always sparse.
             step = scipy.sparse.csr_array(union.astype(np.float32)) @ known.astype(np.float32)

@@ -7,14 +7,14 @@ The patterns are in :mod:`sat.patterns`, MatMul and Softmax are :func:`sat.ops.m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat import ops
-from sat.layout import BlockLayout, LayoutsByLength
+from sat.layout import BlockLayout, LayoutsByLength, check_int, check_structure
 from sat.ops import checks, masks
 from sat.ops.autocast import as_autocast_does
 
@@ -43,11 +43,24 @@ class _Corner:
         return BlockLayout(whole.mask[:, :blocks, :blocks], whole.block_size)
 
 
+class _Loaded:
+    """The layout of a checkpoint."""
+
+    def __init__(self, mask: Tensor, block_size: int) -> None:
+        self.mask, self.block_size = mask, block_size
+
+    def layout(self, seq_len: int) -> BlockLayout:
+        return BlockLayout(self.mask != 0, self.block_size)
+
+
 class SparseSelfAttention(nn.Module):
     """Self-attention over the blocks of a pattern, as DeepSpeed's module of this name; for any length.
 
     Where the pattern is causal, query i sees keys 0 to i only, exact to the token. The masks' modes are those of
     :func:`sat.ops.sparse_softmax`; a bool mask means True = a real token, or may attend, in either mode.
+
+    It is a pattern's, and of a checkpoint nothing but ``master_layout`` if there is one, as in all of DeepSpeed's: then
+    that layout counts in place of the pattern's, for up to as many tokens as it was made for.
 
     Args:
         sparsity_config: a pattern: anything with ``layout(seq_len)``.
@@ -58,9 +71,11 @@ class SparseSelfAttention(nn.Module):
         backend: see :mod:`sat.ops`.
 
     Raises:
-        TypeError: the pattern has no method ``layout``.
+        TypeError: the pattern has no method ``layout``, or ``max_seq_length`` is no integer.
         ValueError: an argument is out of range.
     """
+
+    master_layout: Tensor | None
 
     def __init__(
         self,
@@ -72,20 +87,34 @@ class SparseSelfAttention(nn.Module):
         backend: ops.Backend = "auto",
     ) -> None:
         super().__init__()
-        if not callable(getattr(sparsity_config, "layout", None)):
-            raise TypeError(
-                f"sparsity_config must have a method layout(seq_len) that returns a BlockLayout, as the classes of "
-                f"sat.patterns have, got {type(sparsity_config).__name__}"
-            )
+        check_structure("sparsity_config", sparsity_config)
         checks.check_choice("key_padding_mask_mode", key_padding_mask_mode, ("add", "mul"))
         checks.check_choice("attn_mask_mode", attn_mask_mode, ("add", "mul"))
-        if max_seq_length is not None and max_seq_length < 1:
-            raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length}")
+        if max_seq_length is not None:
+            check_int("max_seq_length", max_seq_length, 1)
         self.sparsity_config = sparsity_config
         self.key_padding_mask_mode, self.attn_mask_mode = key_padding_mask_mode, attn_mask_mode
         self.max_seq_length, self.backend = max_seq_length, backend
         structure = sparsity_config if max_seq_length is None else _Corner(sparsity_config, max_seq_length)
         self._layouts = LayoutsByLength(structure)
+        self.register_buffer("master_layout", None)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Take over the layout that DeepSpeed saved, ``[H, M, M]``, 0 = the block is not kept."""
+        saved, size = state_dict.get(f"{prefix}master_layout"), getattr(self.sparsity_config, "block_size", None)
+        if isinstance(saved, Tensor):
+            if saved.dim() != 3 or saved.shape[1] != saved.shape[2] or 0 in saved.shape or not isinstance(size, int):
+                lists[-1].append(
+                    f"{prefix}master_layout of the shape {checks.shape_text(saved)} is no layout of this pattern: it "
+                    f"takes [heads, blocks, blocks], and a pattern with a block_size"
+                )
+                return
+            self.master_layout = saved.detach().clone()
+            self.max_seq_length = saved.shape[1] * size
+            self._layouts = LayoutsByLength(_Corner(_Loaded(self.master_layout, size), self.max_seq_length))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @property
     def is_causal(self) -> bool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = "sat.BlockLayout"
 FORMAT_VERSION = 2
-# Blocks that a file may say there are, kept or not: 8 heads of a million tokens in blocks of 64.
+# Blocks of a head, kept or not, that a file may say there are: three million tokens in blocks of 64.
 LARGEST = 2**31
 # Blocks of a mask whose kept ones are looked for at a time.
 CHUNK = 2**20
@@ -53,10 +53,7 @@ class BlockLayout:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"a BlockLayout is made from a torch.bool tensor, got {found}; convert it with mask.bool()")
-        if isinstance(block_size, bool) or not isinstance(block_size, int):
-            raise TypeError(f"block_size must be an integer, got {block_size!r}")
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        check_int("block_size", block_size, 1)
         if mask.dim() not in (2, 3) or 0 in mask.shape:
             raise ValueError(
                 f"a BlockLayout mask is [heads, rows, columns] or [rows, columns] in blocks, none of them 0; "
@@ -273,7 +270,17 @@ class BlockLayout:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layout as a safetensors file of its indices; an existing file is replaced whole or not at all."""
+        """Write the layout as a safetensors file of its indices; an existing file is replaced whole or not at all.
+
+        Raises:
+            ValueError: it has more blocks than :meth:`load` would believe.
+        """
+        if math.prod(self.shape) > LARGEST:
+            rows, columns = self.shape
+            raise ValueError(
+                f"layout files are for up to {LARGEST} blocks a head, this one has {rows} x {columns}; use larger "
+                f"blocks"
+            )
         metadata = {
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
@@ -379,6 +386,39 @@ class LayoutsByLength:
         return self.__dict__ | {"_kept": {}}  # a copy makes its own
 
 
+def check_int(name: str, value: object, minimum: int) -> None:
+    """Refuse what is no integer of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_is_layout(name: str, layout: object) -> None:
+    """Refuse what is no layout, and say what makes one."""
+    if isinstance(layout, BlockLayout):
+        return
+    hint = ""
+    if isinstance(layout, Tensor):
+        hint = "; make one by BlockLayout(mask, block_size)"
+    elif callable(getattr(layout, "layout", None)):
+        hint = "; make one for a length by its method layout(seq_len)"
+    raise TypeError(f"{name} must be a BlockLayout, got {type(layout).__name__}{hint}")
+
+
+def check_structure(name: str, structure: object) -> None:
+    """Refuse what gives no layouts by length."""
+    if not isinstance(structure, type) and callable(getattr(structure, "layout", None)):
+        return
+    got = structure.__name__ + " itself; make one of it" if isinstance(structure, type) else type(structure).__name__
+    if isinstance(structure, BlockLayout):
+        got += ", which is for one length; sat.ops.block_sparse_attention and AdaptiveAttention.set_layout take it"
+    raise TypeError(
+        f"{name} must be an object with a method layout(seq_len) that returns a BlockLayout, as those of sat.patterns, "
+        f"got {got}"
+    )
+
+
 def _compress(mask: Tensor) -> tuple[Tensor, Tensor]:
     """``crow_indices`` and ``col_indices`` of a mask ``[H, M, N]``."""
     heads, rows, columns = mask.shape
@@ -427,8 +467,8 @@ def _check_indices(crow: Tensor | None, col: Tensor | None, columns: int) -> tup
     if crow is None or col is None or {crow.dtype, col.dtype} != {torch.int32} or (crow.dim(), col.dim()) != (2, 1):
         raise DamagedFile("it holds no indices of blocks, crow_indices [heads, rows + 1] and col_indices, of 32 bits")
     heads, rows = crow.shape[0], crow.shape[1] - 1
-    if heads < 1 or rows < 1 or heads * rows * columns > LARGEST:
-        raise DamagedFile(f"it says that it has {heads} x {rows} x {columns} blocks, expected 1 to {LARGEST}")
+    if heads < 1 or not 1 <= rows * columns <= LARGEST:
+        raise DamagedFile(f"it says that it has {heads} x {rows} x {columns} blocks, expected 1 to {LARGEST} a head")
     whole = crow[0, 0] == 0 and crow[-1, -1] == len(col) and (crow[1:, 0] == crow[:-1, -1]).all()
     if not whole or not (crow[:, 1:] >= crow[:, :-1]).all():
         raise DamagedFile("its crow_indices do not rise from 0 to the number of its blocks")

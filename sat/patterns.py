@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sat.layout import BlockLayout
+from sat.layout import BlockLayout, check_int
 
 __all__ = ["BigBird", "Dense", "Fixed", "Longformer", "SlidingWindow", "Structure", "Variable", "from_deepspeed"]
 
@@ -47,8 +47,8 @@ class _Structure:
     """What all structures share: their checks, and the way from a mask to a layout."""
 
     def __init__(self, num_heads: int, block_size: int, different_layout_per_head: bool, attention: Attention) -> None:
-        _check_int("num_heads", num_heads, minimum=1)
-        _check_int("block_size", block_size, minimum=1)
+        check_int("num_heads", num_heads, minimum=1)
+        check_int("block_size", block_size, minimum=1)
         _check_bool("different_layout_per_head", different_layout_per_head)
         if attention not in ("bidirectional", "unidirectional"):
             raise ValueError(f"attention must be 'bidirectional' or 'unidirectional', got {attention!r}")
@@ -74,7 +74,7 @@ class _Structure:
         Raises:
             TypeError, ValueError: ``seq_len`` is no integer or below 1, or a row has fewer blocks than are to be drawn.
         """
-        _check_int("seq_len", seq_len, minimum=1)
+        check_int("seq_len", seq_len, minimum=1)
         with torch.device("cpu"):
             mask = self._mask(-(-seq_len // self.block_size))
             if self.is_causal:
@@ -167,9 +167,9 @@ class Fixed(_Structure):
         num_different_global_patterns: int = 1,
     ) -> None:
         super().__init__(num_heads, block_size, different_layout_per_head, attention)
-        _check_int("num_local_blocks", num_local_blocks, minimum=1)
-        _check_int("num_global_blocks", num_global_blocks, minimum=1)
-        _check_int("num_different_global_patterns", num_different_global_patterns, minimum=1)
+        check_int("num_local_blocks", num_local_blocks, minimum=1)
+        check_int("num_global_blocks", num_global_blocks, minimum=1)
+        check_int("num_different_global_patterns", num_different_global_patterns, minimum=1)
         if num_local_blocks % num_global_blocks:
             raise ValueError(
                 f"num_local_blocks must be a multiple of num_global_blocks, got {num_local_blocks} and "
@@ -243,7 +243,7 @@ class Variable(_Structure):
         seed: int = 0,
     ) -> None:
         super().__init__(num_heads, block_size, different_layout_per_head, attention)
-        _check_int("num_random_blocks", num_random_blocks, minimum=0)
+        check_int("num_random_blocks", num_random_blocks, minimum=0)
         self.num_random_blocks = num_random_blocks
         self.local_window_blocks = _checked_ints("local_window_blocks", local_window_blocks, minimum=1)
         if not self.local_window_blocks:
@@ -253,7 +253,7 @@ class Variable(_Structure):
         )
         _check_horizontal(horizontal_global_attention, attention)
         self.horizontal_global_attention = horizontal_global_attention
-        _check_int("seed", seed, minimum=0)
+        check_int("seed", seed, minimum=0)
         self.seed = seed
 
     def _mask(self, blocks: int) -> Tensor:
@@ -305,15 +305,15 @@ class BigBird(_Structure):
         seed: int = 0,
     ) -> None:
         super().__init__(num_heads, block_size, different_layout_per_head, attention)
-        _check_int("num_random_blocks", num_random_blocks, minimum=0)
+        check_int("num_random_blocks", num_random_blocks, minimum=0)
         if attention == "unidirectional" and num_random_blocks > 1:
             raise ValueError(
                 f"num_random_blocks is {num_random_blocks}, but a unidirectional row draws from the blocks up to its "
                 f"own, and the first row has only that one; give 0 or 1 (in Variable such rows take what there is)"
             )
-        _check_int("num_sliding_window_blocks", num_sliding_window_blocks, minimum=1)
-        _check_int("num_global_blocks", num_global_blocks, minimum=0)
-        _check_int("seed", seed, minimum=0)
+        check_int("num_sliding_window_blocks", num_sliding_window_blocks, minimum=1)
+        check_int("num_global_blocks", num_global_blocks, minimum=0)
+        check_int("seed", seed, minimum=0)
         self.num_random_blocks, self.num_sliding_window_blocks = num_random_blocks, num_sliding_window_blocks
         self.num_global_blocks, self.seed = num_global_blocks, seed
 
@@ -358,7 +358,7 @@ class Longformer(_Structure):
         attention: Attention = "bidirectional",
     ) -> None:
         super().__init__(num_heads, block_size, different_layout_per_head, attention)
-        _check_int("num_sliding_window_blocks", num_sliding_window_blocks, minimum=1)
+        check_int("num_sliding_window_blocks", num_sliding_window_blocks, minimum=1)
         self.num_sliding_window_blocks = num_sliding_window_blocks
         self.global_block_indices, self.global_block_end_indices = _checked_ranges(
             global_block_indices, global_block_end_indices
@@ -394,7 +394,7 @@ class SlidingWindow(_Structure):
         attention: Attention = "unidirectional",
     ) -> None:
         super().__init__(num_heads, block_size, False, attention)
-        _check_int("num_sliding_window_blocks", num_sliding_window_blocks, minimum=1)
+        check_int("num_sliding_window_blocks", num_sliding_window_blocks, minimum=1)
         self.num_sliding_window_blocks = num_sliding_window_blocks
 
     def _mask(self, blocks: int) -> Tensor:
@@ -499,13 +499,6 @@ def _with_globals(local: Tensor, is_global: Tensor, *, rows: bool) -> Tensor:
     return mask.logical_or_(is_global.mT) if rows else mask
 
 
-def _check_int(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -516,7 +509,7 @@ def _checked_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{name} must be a list of integers such as [4], got {values!r}")
     for place, value in enumerate(values):
-        _check_int(f"{name}[{place}]", value, minimum)
+        check_int(f"{name}[{place}]", value, minimum)
     return tuple(values)
 
 

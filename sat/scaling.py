@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sat.layout import BlockLayout
+from sat.layout import BlockLayout, check_int, check_is_layout
 
 Grid = tuple[int, int]
 
@@ -74,11 +74,12 @@ def scale_layout(
         future in them is hidden by ``is_causal``, as within any block.
 
     Raises:
+        TypeError: it is no layout, or the block size no integer.
         ValueError: the layout is not of that length, or it cannot be stretched to the new one.
     """
+    check_is_layout("layout", layout)
     size = layout.block_size if block_size is None else block_size
-    if size < 1:
-        raise ValueError(f"block_size must be at least 1, got {size}")
+    check_int("block_size", size, 1)
     if not layout.fits(length, length):
         rows, columns = layout.shape
         raise ValueError(

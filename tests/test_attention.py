@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from sat import ops
 from sat.attention import AdaptiveAttention
 from sat.layout import BlockLayout
+from sat.patterns import Fixed
 from tests.ops import oracle
 
 
@@ -245,6 +246,20 @@ def test_bad_arguments(arguments, message):
 def test_layouts_that_do_not_fit(layout, message):
     with pytest.raises(ValueError, match=message):
         AdaptiveAttention(2, 40, 16).set_layout(layout)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (torch.ones(3, 3, dtype=torch.bool), r"got Tensor; make one by BlockLayout\(mask, block_size\)"),
+        (Fixed(2), r"got Fixed; make one for a length by its method layout\(seq_len\)"),
+    ],
+)
+def test_what_is_no_layout_is_refused(given, hint):
+    attention = AdaptiveAttention(2, 40, 16)
+    with pytest.raises(TypeError, match=f"layout must be a BlockLayout, {hint}"):
+        attention.set_layout(given)
+    assert not attention.is_sparse
 
 
 def test_tensors_that_do_not_fit():

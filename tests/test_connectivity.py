@@ -10,13 +10,14 @@ from sat.patterns import SlidingWindow
 SIZE = 2
 
 
-def token_by_token(layouts):
+def token_by_token(layouts, causal):
     """What each token has heard of after each layer, as sets: the definition, told without matrices."""
-    tokens = next(layout for layout in layouts if layout is not None).shape[0] * SIZE
+    blocks = next(layout for layout in layouts if layout is not None).shape[0]
+    tokens, every = blocks * SIZE, torch.ones(blocks, blocks, dtype=torch.bool)
+    dense = BlockLayout(every.tril() if causal else every, SIZE)
     knows = [{token} for token in range(tokens)]
     for layout in layouts:
-        every = torch.ones(1, tokens, tokens, dtype=torch.bool)
-        kept = (every if layout is None else layout.element_mask(tokens, tokens)).any(0)
+        kept = (layout or dense).element_mask(tokens, tokens).any(0)
         knows = [knows[row].union(*(knows[c] for c in range(tokens) if kept[row, c])) for row in range(tokens)]
         yield knows
 
@@ -30,7 +31,7 @@ def test_agrees_with_tokens_that_tell_each_other(data):
     if all(layout is None for layout in layouts):
         return
     result = reach(layouts)
-    for known, knows in zip(result.maps, token_by_token(layouts), strict=True):
+    for known, knows in zip(result.maps, token_by_token(layouts, result.causal), strict=True):
         for row in range(blocks):
             for column in range(blocks):
                 queries = range(row * SIZE, (row + 1) * SIZE)
@@ -53,6 +54,14 @@ def test_a_causal_layout_is_measured_by_what_it_can_reach():
     assert result.complete == 1
 
 
+def test_a_dense_layer_of_a_causal_model_hears_nothing_of_the_future():
+    window = BlockLayout(torch.ones(8, 8).tril().triu(-1).bool(), 16)
+    result = reach([window, None])
+    assert result.causal
+    assert result.shares == [reach([window]).shares[0], 1]
+    assert not result.maps[-1].triu(1).any()
+
+
 def test_what_never_meets_is_not_complete():
     result = reach([BlockLayout(torch.eye(4, dtype=torch.bool), 16)] * 3)
     assert result.complete is None
@@ -70,3 +79,11 @@ def test_a_dense_layer_reaches_everything():
 def test_errors_are_sentences(shapes, message):
     with pytest.raises(ValueError, match=message):
         reach([BlockLayout(torch.ones(shape, dtype=torch.bool), 16) for shape in shapes])
+
+
+def test_what_is_no_layout_is_refused():
+    layout = BlockLayout(torch.ones(4, 4, dtype=torch.bool), 16)
+    with pytest.raises(TypeError, match="a list with a layout for each layer"):
+        reach(layout)
+    with pytest.raises(TypeError, match=r"layouts\[1\] must be a BlockLayout, got Tensor; make one by BlockLayout\("):
+        reach([layout, layout.mask])

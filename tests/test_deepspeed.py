@@ -205,6 +205,32 @@ def test_max_seq_length_takes_the_corner_of_one_layout():
         cut(*make_inputs(161))
 
 
+def test_a_checkpoint_of_deepspeeds_brings_its_layout():
+    class OfDeepSpeed(torch.nn.Module):
+        """What DeepSpeed's module has in a checkpoint."""
+
+        def __init__(self, layout: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("master_layout", layout)
+
+    drawn = (torch.rand(2, 6, 6) < 0.4).long()
+    saved = torch.nn.ModuleList([OfDeepSpeed(drawn)]).state_dict()
+    model = torch.nn.ModuleList([SparseSelfAttention(patterns.BigBird(2, seed=7))])
+    model.load_state_dict(saved)
+    inputs, corner = make_inputs(70), BlockLayout(drawn[:, :5, :5].bool(), 16)
+    torch.testing.assert_close(model[0](*inputs), oracle.attention(*inputs, corner))
+    again = torch.nn.ModuleList([SparseSelfAttention(patterns.BigBird(2))])
+    again.load_state_dict(model.state_dict())  # and ours brings it back
+    torch.testing.assert_close(copy.deepcopy(again)[0](*inputs), oracle.attention(*inputs, corner))
+    with pytest.raises(ValueError, match="made for up to 96 tokens, got 97"):
+        model[0](*make_inputs(97))
+    with pytest.raises(RuntimeError, match=r"0.master_layout of the shape \[6, 6\] is no layout of this pattern"):
+        model.load_state_dict({"0.master_layout": drawn[0]})
+    plain = SparseSelfAttention(patterns.BigBird(2))
+    plain.load_state_dict({})
+    assert not plain.state_dict()
+
+
 def test_bool_masks_mean_the_same_in_either_mode():
     inputs = make_inputs(40)
     real, mask = torch.rand(2, 40) < 0.7, torch.rand(40, 40) < 0.7
@@ -245,7 +271,9 @@ class Broken:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x: SparseSelfAttention("fixed"), TypeError, r"must have a method layout\(seq_len\) .* got str"),
+        (lambda x: SparseSelfAttention("fixed"), TypeError, r"with a method layout\(seq_len\) .* got str"),
+        (lambda x: SparseSelfAttention(Banded), TypeError, "got Banded itself; make one of it"),
+        (lambda x: SparseSelfAttention(Banded(), max_seq_length=64.0), TypeError, "max_seq_length must be an integer"),
         (
             lambda x: SparseSelfAttention(Banded(), "plus"),
             ValueError,

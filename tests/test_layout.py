@@ -226,6 +226,15 @@ class TestFiles:
         assert BlockLayout.load(path) == old
         assert len(list(tmp_path.iterdir())) == 1
 
+    def test_what_is_too_large_to_be_read_again_is_not_written(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("sat.layout.LARGEST", 4)
+        many = layout("##", "##")
+        BlockLayout(many.mask.expand(3, -1, -1), many.block_size).save(tmp_path / "a")  # each head by itself
+        assert BlockLayout.load(tmp_path / "a").num_heads == 3
+        with pytest.raises(ValueError, match="up to 4 blocks a head, this one has 1 x 5; use larger blocks"):
+            layout("#####").save(tmp_path / "b")
+        assert not (tmp_path / "b").exists()
+
     def test_bad_files_are_refused(self, tmp_path):
         path = tmp_path / "a.safetensors"
         with pytest.raises(FileNotFoundError, match=r"no layout file at .*a\.safetensors"):

@@ -120,6 +120,13 @@ def test_what_cannot_be_stretched_is_refused(lengths, options, message):
         scale_layout(random_layout(1, 64, 8, 0.5), *lengths, **options)
 
 
+def test_what_is_no_layout_and_no_integer_is_refused():
+    with pytest.raises(TypeError, match="layout must be a BlockLayout, got SlidingWindow; make one for a length"):
+        scale_layout(SlidingWindow(1, 16), 64, 128)
+    with pytest.raises(TypeError, match=r"block_size must be an integer, got 8\.0"):
+        scale_layout(random_layout(1, 64, 8, 0.5), 64, 128, block_size=8.0)
+
+
 def test_positions_between_known_ones_lie_between():
     """Centres of new pixels lie a quarter and three quarters between old ones; beyond the outer ones all is alike."""
     table = torch.tensor([0.0, 4.0, 8.0])[:, None]

@@ -33,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"one section, with all of the time: {', '.join(SECTIONS)}; {', '.join(ON_REQUEST)} runs only this way",
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: experiments/results)")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="leave out the cases that are ok in the results of this folder, and take these over",
+    )
     parser.add_argument("--commit", default="", help="commit to record, where the code is in no git repository")
     parser.add_argument(
         "--smoke",
@@ -50,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [args.only] if args.only else [name for name in SECTIONS if name not in ON_REQUEST]
     given = sys.argv[1:] if arguments is None else list(arguments)
     command = " ".join(["python -m experiments.gpu_suite", *given])
-    suite = Suite([SECTIONS[name] for name in names], Setting(out, args.smoke), args.minutes, command, args.commit)
+    suite = Suite(
+        [SECTIONS[name] for name in names], Setting(out, args.smoke), args.minutes, command, args.commit, args.resume
+    )
     print(f"{record.environment()['device']}: {', '.join(names)} in {args.minutes:g} minutes", flush=True)
     suite.run()
     print(f"\nwritten to {out}\n\n{suite.closing()}", flush=True)

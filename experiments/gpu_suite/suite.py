@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,16 +80,40 @@ class Suite:
     """Runs sections and keeps their records, on disk after each case."""
 
     def __init__(
-        self, sections: Sequence[Section], setting: Setting, minutes: float, command: str, commit: str
+        self,
+        sections: Sequence[Section],
+        setting: Setting,
+        minutes: float,
+        command: str,
+        commit: str,
+        resume: Path | None = None,
     ) -> None:
         self.sections, self.setting = sections, setting
         self.minutes, self.command, self.commit = minutes, command, commit
         self.records: dict[str, list[Record]] = {}
         self._cases = {section.name: section.cases(setting) for section in sections}
         for section in sections:
+            known = {} if resume is None else self._known(resume / f"{self._name(section.name)}.json")
             self.records[section.name] = [
-                {"case": case.name, "status": "not run", "error": "no time left"} for case in self._cases[section.name]
+                known.get(case.name, {"case": case.name, "status": "not run", "error": "no time left"})
+                for case in self._cases[section.name]
             ]
+
+    def _name(self, section: str) -> str:
+        """Of a section's file."""
+        slug = "smoke" if self.setting.smoke else record.device_slug("cuda")
+        return f"gpu_{slug}_{section}"
+
+    def _known(self, file: Path) -> dict[str, Record]:
+        """What an earlier command measured on this device, with the commit that it was measured at."""
+        if not file.is_file():
+            return {}
+        content = json.loads(file.read_text())
+        return {
+            each["case"]: {"commit": content.get("commit"), **each}
+            for each in content["cases"]
+            if each["status"] == "ok"
+        }
 
     def run(self) -> None:
         """Each section within its share; then, while there is time, what did not fit."""
@@ -127,9 +153,8 @@ class Suite:
             figures["commit"] = self.commit
         records = self.records[section]
         counts = {status: sum(r["status"] == status for r in records) for status in ("ok", "failed", "not run")}
-        slug = "smoke" if self.setting.smoke else record.device_slug("cuda")
         figures |= {"section": section, "counts": counts, "cases": records}
-        record.save(f"gpu_{slug}_{section}", self.command, figures, self.setting.out)
+        record.save(self._name(section), self.command, figures, self.setting.out)
 
     def closing(self) -> str:
         """The tables, then what failed and what was not run, no longer than the end of a log that is kept."""

@@ -54,6 +54,7 @@ def make_baseline(
     *,
     block_size: int,
     layer: int = 0,
+    num_layers: int = 1,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """One layer's attention, by the method's name.
@@ -64,9 +65,12 @@ def make_baseline(
         seq_len: the longest sequence, in tokens.
         block_size: edge of the blocks of a structure whose options name none.
         layer: the layer's number; what a method draws at random differs between layers.
-        options: the method's keyword arguments. For ``structure`` and ``flex``: the keys of a ``sparse_attention``
-            section of DeepSpeed (``mode``, ``block``, ...) or ``deepspeed``, the path of a DeepSpeed JSON file, and a
-            ``seed``; or ``layout``, the path of a saved :class:`BlockLayout`.
+        num_layers: how many there are.
+        options: the method's keyword arguments; ``window`` of longformer may be a list, one for each layer. For
+            ``structure`` and ``flex``: the keys of a ``sparse_attention`` section of DeepSpeed (``mode``, ``block``,
+            ...) or ``deepspeed``, the path of a DeepSpeed JSON file, and a ``seed``; or ``layout``, the path of a saved
+            :class:`BlockLayout`, and ``attention``, ``bidirectional`` or ``unidirectional``, which the file does not
+            say.
 
     Raises:
         ValueError: no such method or option, or a value that does not do.
@@ -74,6 +78,14 @@ def make_baseline(
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     options = dict(options or {})
+    if name == "longformer" and isinstance(options.get("window"), list):
+        windows = options["window"]
+        if len(windows) != num_layers:
+            raise ValueError(
+                f"model.attention_options: window of longformer is a list of {len(windows)}, but there are "
+                f"{num_layers} layers; give one number, or one for each layer"
+            )
+        options["window"] = windows[layer]
     if name in _OF_A_STRUCTURE:
         structure = _structure(name, num_heads, block_size, layer, options)
         if name == "flex" and not torch.cuda.is_available():
@@ -110,9 +122,21 @@ def _checked_options(name: str, options: dict[str, Any], layer: int) -> dict[str
 class _SavedLayout:
     """A layout from a file, for sequences of its own length."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, attention: str | None) -> None:
         self.path = path
         self.saved = BlockLayout.load(path)
+        if attention not in (None, "bidirectional", "unidirectional"):
+            raise ValueError(
+                f"model.attention_options: attention must be bidirectional or unidirectional, got {attention!r}"
+            )
+        mask = self.saved.mask
+        if attention is None and mask.tril(-1).any() and not mask.triu(1).any():
+            raise ValueError(
+                f"the layout in {path} has no block above the diagonal, and the file does not say whether attention "
+                f"inside the blocks on it may look ahead; set model.attention_options.attention to unidirectional (no "
+                f"token sees a later one) or bidirectional"
+            )
+        self.is_causal = attention == "unidirectional"
 
     def layout(self, seq_len: int) -> BlockLayout:
         if not self.saved.fits(seq_len, seq_len):
@@ -132,13 +156,14 @@ def _structure(name: str, num_heads: int, block_size: int, layer: int, options: 
     for key in files:
         if not isinstance(options[key], str):
             raise ValueError(f"model.attention_options: {key} of {name} is the path of a file, got {options[key]!r}")
-        others = [other for other in options if other != key and (key, other) != ("deepspeed", "seed")]
+        beside = {"deepspeed": "seed", "layout": "attention"}[key]
+        others = [other for other in options if other not in (key, beside)]
         if others:
             raise ValueError(
                 f"model.attention_options: {key} names a file that says it all; leave out {', '.join(others)}"
             )
     if "layout" in options:
-        return _SavedLayout(options["layout"])
+        return _SavedLayout(options["layout"], options.get("attention"))
     seed = options.pop("seed", 0)
     if type(seed) is not int or seed < 0:
         raise ValueError(f"model.attention_options: seed of {name} must be a whole number of at least 0, got {seed!r}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sat import ops
 from sat.baselines.structure import StructureAttention
-from sat.layout import BlockLayout
+from sat.layout import BlockLayout, check_int
 
 
 def bigbird_layout(random_blocks: Tensor, block_size: int) -> BlockLayout:
@@ -97,6 +97,7 @@ class BigBirdAttention(StructureAttention):
         backend: see :mod:`sat.ops`.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: an argument is out of range.
     """
 
@@ -112,9 +113,7 @@ class BigBirdAttention(StructureAttention):
         backend: ops.Backend = "auto",
     ) -> None:
         for name, value in (("num_heads", num_heads), ("seq_len", seq_len), ("block_size", block_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if num_random_blocks < 0:
-            raise ValueError(f"num_random_blocks must be at least 0, got {num_random_blocks}")
+            check_int(name, value, 1)
+        check_int("num_random_blocks", num_random_blocks, 0)
         structure = _RandomBlocks(num_heads, block_size, num_random_blocks, seed)
         super().__init__(num_heads, seq_len, structure, dropout=dropout, backend=backend)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sat.layout import check_int
 from sat.ops import checks
 from sat.ops.autocast import as_autocast_does
 
@@ -40,6 +41,7 @@ class LongformerAttention(nn.Module):
         dropout: probability with which an attention weight is dropped in training.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: an argument is out of range.
     """
 
@@ -56,19 +58,17 @@ class LongformerAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("num_heads", num_heads), ("seq_len", seq_len)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if window < 2 or window % 2:
-            raise ValueError(f"window must be even and at least 2, half of it on each side, got {window}")
-        dilations = [dilation] * num_heads if isinstance(dilation, int) else list(dilation)
+        for name, value, least in (("num_heads", num_heads, 1), ("seq_len", seq_len, 1), ("window", window, 2)):
+            check_int(name, value, least)
+        if window % 2:
+            raise ValueError(f"window must be even, half of it on each side, got {window}")
+        dilations = list(dilation) if isinstance(dilation, Sequence) else [dilation] * num_heads
         if len(dilations) != num_heads or any(not isinstance(step, int) or step < 1 for step in dilations):
             raise ValueError(
                 f"dilation must be a whole number of at least 1, or {num_heads} of them, one for each head; "
                 f"got {dilation}"
             )
-        if num_global_tokens < 0:
-            raise ValueError(f"num_global_tokens must be at least 0, got {num_global_tokens}")
+        check_int("num_global_tokens", num_global_tokens, 0)
         checks.check_probability("dropout", dropout)
         self.num_heads, self.seq_len, self.window, self.dilation = num_heads, seq_len, window, dilation
         self.num_global_tokens, self.dropout = num_global_tokens, dropout

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sat.layout import check_int
 from sat.ops import checks
 from sat.ops.autocast import as_autocast_does
 
@@ -48,7 +49,7 @@ class LSGAttention(nn.Module):
         num_heads: ``H``.
         seq_len: the most tokens, not counting the global ones.
         block_size: ``b``, in tokens. Any number of tokens will do, whole blocks are made inside.
-        sparse_block_size: ``sb``, the number of sparse tokens on each side.
+        sparse_block_size: ``sb``, the number of sparse tokens on each side; 0: local and global tokens only.
         sparsity_factor: ``f``, a divisor of the block size; for norm and lsh of ``min(b, sb)``.
         selection: one of those above.
         num_global_tokens: ``g``, how many of the first tokens are global. The caller prepends them.
@@ -56,6 +57,7 @@ class LSGAttention(nn.Module):
         dropout: probability with which an attention weight is dropped in training.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: an argument is out of range, or the sizes do not divide.
 
     Source: Condevaux and Harispe 2022, "LSG Attention: Extrapolation of pretrained Transformers to long sequences", and
@@ -84,14 +86,12 @@ class LSGAttention(nn.Module):
             "num_heads": num_heads,
             "seq_len": seq_len,
             "block_size": block_size,
-            "sparse_block_size": sparse_block_size,
             "sparsity_factor": sparsity_factor,
         }
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if num_global_tokens < 0:
-            raise ValueError(f"num_global_tokens must be at least 0, got {num_global_tokens}")
+            check_int(name, size, 1)
+        check_int("sparse_block_size", sparse_block_size, 0)
+        check_int("num_global_tokens", num_global_tokens, 0)
         checks.check_choice("selection", selection, get_args(Selection))
         checks.check_probability("dropout", dropout)
         if block_size % sparsity_factor:
@@ -99,7 +99,7 @@ class LSGAttention(nn.Module):
                 f"sparsity_factor must divide block_size {block_size}, so that each block has as many sparse tokens; "
                 f"got {sparsity_factor}"
             )
-        chunk_size = min(block_size, sparse_block_size)
+        chunk_size = min(block_size, sparse_block_size or block_size)
         if selection in ("norm", "lsh"):
             if block_size % chunk_size:
                 raise ValueError(
@@ -228,6 +228,9 @@ class LSGAttention(nn.Module):
         self, queries: Tensor, keys: Tensor, values: Tensor, real: Tensor, real_queries: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sparse keys and values ``[B, H, n, D]``, and bool ``[B, H, n]``, whether there is anything in them."""
+        if self.sparse_block_size == 0:  # nobody sees any
+            some = slice(None, None, self.sparsity_factor)
+            return keys[:, :, some], values[:, :, some], real[:, :, some]
         if self.sparsity_factor == 1:
             return keys, values, real
         if self.selection == "lsh":

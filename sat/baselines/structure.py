@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sat import ops
-from sat.layout import BlockLayout, LayoutsByLength
+from sat.layout import BlockLayout, LayoutsByLength, check_structure
 from sat.ops import checks
 from sat.ops.autocast import as_autocast_does
 
@@ -35,6 +35,7 @@ class StructureAttention(nn.Module):
         backend: see :mod:`sat.ops`.
 
     Raises:
+        TypeError: the structure has no method ``layout``.
         ValueError: the structure was made for another number of heads.
     """
 
@@ -51,6 +52,7 @@ class StructureAttention(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_probability("dropout", dropout)
+        check_structure("structure", structure)
         self.num_heads, self.seq_len, self.structure = num_heads, seq_len, structure
         self.is_causal: bool = getattr(structure, "is_causal", False)
         self.dropout, self.backend = dropout, backend

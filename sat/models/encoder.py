@@ -100,7 +100,13 @@ class Encoder(nn.Module):
             else:
                 attentions.append(
                     make_baseline(
-                        attention, num_heads, seq_len, block_size=block_size, layer=layer, options=attention_options
+                        attention,
+                        num_heads,
+                        seq_len,
+                        block_size=block_size,
+                        layer=layer,
+                        num_layers=num_layers,
+                        options=attention_options,
                     )
                 )
         self.tokens = nn.Embedding(vocab_size, width)

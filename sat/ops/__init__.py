@@ -308,20 +308,22 @@ def sparse_softmax(
             is_causal=is_causal,
             pruned=pruned,
         )
-    bias_blocks = None
+    # Found once: to a compiler, each search has a number of blocks of its own.
+    mask, bias_blocks = layout.mask, None
+    kept = mask.expand(num_heads, -1, -1).nonzero()
     if attn_bias is not None:
         compute = torch.promote_types(scores.dtype, torch.float32)
         expanded = attn_bias.expand(-1, num_heads, query_length, key_length)
-        bias_blocks = torch_operations.gather_blocks(expanded, layout, 0.0).to(compute)
+        bias_blocks = torch_operations.gather_blocks(expanded, kept, layout.block_size, 0.0).to(compute)
     allowed_blocks, allowed_totals = torch_operations.allowed_blocks(
-        layout, num_heads, query_length, key_length, key_padding_mask, is_causal
+        layout, kept, query_length, key_length, key_padding_mask, is_causal
     )
     return torch_operations.sparse_softmax(
         scores,
         bias_blocks,
         allowed_blocks,
         allowed_totals if pruned == "zero" else None,
-        layout.mask,
+        mask,
         num_heads,
         scale,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sat.layout import BlockLayout
+from sat.layout import BlockLayout, check_is_layout
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,7 +45,7 @@ def check_no_tangents(backend: str, *tensors: Tensor | None) -> None:
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "there are no forward-mode derivatives (torch.func.jvp, jacfwd, linearize) of block-sparse kernels; use "
-            "reverse mode (torch.func.vjp, jacrev), or backend='reference'"
+            "reverse mode (torch.autograd.grad, backward), or backend='reference'"
         )
 
 
@@ -64,8 +64,7 @@ def check_query_key(query: Tensor, key: Tensor, value: Tensor | None = None) -> 
 
 def check_layout(layout: BlockLayout, x: Tensor, name: str) -> None:
     """A layout for the batch, heads and device of a tensor ``[B, H, ...]``."""
-    if not isinstance(layout, BlockLayout):
-        raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
+    check_is_layout("layout", layout)
     if layout.num_heads not in (1, x.shape[1]):
         raise ValueError(
             f"the layout has {layout.num_heads} heads but {name} has {x.shape[1]}; a layout is for as many heads or "

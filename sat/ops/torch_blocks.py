@@ -162,7 +162,7 @@ class Problem:
         allowed = None
         sample, _, row, column = self.locate(chunk)
         if self.key_allowed is not None:
-            keys = self.key_allowed.view(-1, self.size)[sample * self.block_columns + column]
+            keys = self.key_allowed.reshape(-1, self.size)[sample * self.block_columns + column]
             allowed = keys.view(len(chunk.rows), 1, -1)
         if self.is_causal:
             offset = torch.arange(self.size, device=self.device)

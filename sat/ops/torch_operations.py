@@ -314,14 +314,13 @@ def _(
     )
 
 
-def gather_blocks(dense: Tensor, layout: BlockLayout, fill: float) -> Tensor:
+def gather_blocks(dense: Tensor, kept: Tensor, size: int, fill: float) -> Tensor:
     """The kept blocks ``[B, nnz, b, b]`` of ``[B, H, L, S]`` (any strides); past the end they hold ``fill``.
 
-    Only the kept elements are read, and differentiated.
+    ``kept`` is ``[nnz, 3]``: head, row and column of each. Only the kept elements are read, and differentiated.
     """
-    size = layout.block_size
-    heads, query_length, key_length = dense.shape[1:]
-    head, row, column = layout.mask.expand(heads, -1, -1).nonzero(as_tuple=True)
+    query_length, key_length = dense.shape[2:]
+    head, row, column = kept.unbind(1)
     offset = torch.arange(size, device=dense.device)
     rows, columns = row[:, None] * size + offset, column[:, None] * size + offset
     past = (rows >= query_length)[:, :, None] | (columns >= key_length)[:, None, :]
@@ -332,7 +331,7 @@ def gather_blocks(dense: Tensor, layout: BlockLayout, fill: float) -> Tensor:
 
 def allowed_blocks(
     layout: BlockLayout,
-    heads: int,
+    kept: Tensor,
     query_length: int,
     key_length: int,
     key_padding_mask: Tensor | None,
@@ -352,7 +351,7 @@ def allowed_blocks(
     totals = totals.reshape(-1, row_blocks, size)
     if key_padding_mask is None and not is_causal and query_length % size == 0 and key_length % size == 0:
         return None, totals
-    _, row, column = layout.mask.expand(heads, -1, -1).nonzero(as_tuple=True)
+    _, row, column = kept.unbind(1)
     offset = torch.arange(size, device=device)
     rows, columns = row[:, None] * size + offset, column[:, None] * size + offset
     allowed = keys[:, columns][:, :, None, :] & (rows < query_length)[:, :, None]

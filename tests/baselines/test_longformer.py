@@ -301,8 +301,8 @@ def test_nothing_goes_into_a_checkpoint() -> None:
     [
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
-        ({"window": 7}, "window must be even and at least 2, half of it on each side, got 7"),
-        ({"window": 0}, "window must be even"),
+        ({"window": 7}, "window must be even, half of it on each side, got 7"),
+        ({"window": 0}, "window must be at least 2, got 0"),
         ({"dilation": 0}, "dilation must be a whole number of at least 1, or 2 of them"),
         ({"dilation": [1, 2, 3]}, r"one for each head; got \[1, 2, 3\]"),
         ({"num_global_tokens": -1}, "num_global_tokens must be at least 0, got -1"),

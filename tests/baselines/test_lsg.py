@@ -47,7 +47,7 @@ def chosen_tokens(attention: LSGAttention, keys: Tensor, real: list[bool], head:
     if attention.selection == "block_stride":
         step = size // factor
         return [[i + (head * step + j) % size] for i in range(0, length, size) for j in range(step)]
-    chunk = min(size, attention.sparse_block_size)
+    chunk = min(size, attention.sparse_block_size or size)
     out = []
     for start in range(0, length, chunk):
         positions = range(start, start + chunk)
@@ -147,6 +147,7 @@ def check(attention: LSGAttention, inputs: list[Tensor], **masks: Tensor) -> Non
         (2, 6, 7, 3, 1, 31),  # sizes that are no powers of 2
         (2, 4, 4, 2, 1, 9),  # one token more than full attention has
         (1, 6, 6, 2, 1, 26),  # an odd number of buckets
+        (2, 4, 0, 2, 1, 27),  # no sparse tokens
     ],
 )
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -420,7 +421,7 @@ def test_tells_how_many_tokens_to_prepend():
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
-        ({"sparse_block_size": -1}, "sparse_block_size must be at least 1, got -1"),
+        ({"sparse_block_size": -1}, "sparse_block_size must be at least 0, got -1"),
         ({"sparsity_factor": 0}, "sparsity_factor must be at least 1, got 0"),
         ({"num_global_tokens": -1}, "num_global_tokens must be at least 0, got -1"),
         ({"selection": "best"}, "selection must be one of 'norm', 'pooling', .*'bos_pooling', got 'best'"),

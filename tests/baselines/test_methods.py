@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sat import patterns, train
-from sat.baselines import METHODS, ExplicitAttention, FlexAttention, StructureAttention, make_baseline
+from sat.baselines import (
+    METHODS,
+    BigBirdAttention,
+    ExplicitAttention,
+    FlexAttention,
+    LongformerAttention,
+    LSGAttention,
+    StructureAttention,
+    make_baseline,
+)
 from sat.baselines.flex import visited_blocks
 from sat.layout import BlockLayout
 from sat.models import SequenceClassifier
@@ -204,6 +213,60 @@ def test_a_structure_from_files(tmp_path):
         make_baseline("structure", 2, 40, block_size=8, options={"deepspeed": str(config), "mode": "fixed"})
 
 
+def test_a_saved_layout_of_causal_attention_is_asked_what_it_is(tmp_path):
+    causal = make_baseline(
+        "structure", 2, 40, block_size=8, options={"mode": "local_sliding_window", "attention": "unidirectional"}
+    )
+    path = str(tmp_path / "layout.safetensors")
+    causal.layout.save(path)
+    with pytest.raises(ValueError, match=r"has no block above the diagonal, .*set model\.attention_options\.attention"):
+        make_baseline("structure", 2, 40, block_size=8, options={"layout": path})
+    inputs = torch.randn(3, 1, 2, 40, 8).unbind(0)
+    for attention in ("unidirectional", "bidirectional"):
+        again = make_baseline("structure", 2, 40, block_size=8, options={"layout": path, "attention": attention})
+        assert torch.equal(again(*inputs), causal(*inputs)) == (attention == "unidirectional")
+    with pytest.raises(ValueError, match="attention must be bidirectional or unidirectional, got 'both'"):
+        make_baseline("structure", 2, 40, block_size=8, options={"layout": path, "attention": "both"})
+
+
+def test_each_layer_of_longformer_may_have_a_window_of_its_own():
+    model = SequenceClassifier(
+        8, 64, 2, num_layers=2, width=8, num_heads=2, mlp_dim=8, block_size=8, attention="longformer",
+        attention_options={"window": [4, 16]},
+    )  # fmt: skip
+    assert [layer.attention.window for layer in model.encoder.layers] == [4, 16]
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        (patterns.Fixed, "got Fixed itself; make one of it"),
+        ("fixed", "got str"),
+        (patterns.Fixed(2).layout(64), "got BlockLayout, which is for one length; sat.ops.block_sparse_attention"),
+    ],
+)
+def test_what_gives_no_layouts_is_refused(structure, message):
+    with pytest.raises(TypeError, match=message):
+        StructureAttention(2, 64, structure)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (LongformerAttention, {"window": 16.0}),
+        (LongformerAttention, {"dilation": 2.0}),
+        (BigBirdAttention, {"block_size": 8.0}),
+        (BigBirdAttention, {"num_random_blocks": 1.0}),
+        (LSGAttention, {"block_size": 8.0}),
+        (LSGAttention, {"sparsity_factor": 2.0}),
+    ],
+)
+def test_sizes_are_integers(method, options):
+    ((name, value),) = options.items()
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be an? .*{value}"):
+        method(2, 64, **options)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -213,7 +276,8 @@ def test_a_structure_from_files(tmp_path):
         ("longformer", {"window": True}, "window of longformer must be a number like 64, got True"),
         ("longformer", {"window": 3}, "window must be even"),
         ("longformer", {"dilation": [1, 2, 3]}, "dilation must be"),
-        ("longformer", {"window": [64]}, "window of longformer must be a number like 64, got [64]"),
+        ("longformer", {"window": ["64"]}, "window of longformer must be a number like 64, got '64'"),
+        ("longformer", {"window": [64, 32]}, "window of longformer is a list of 2, but there are 1 layers; give"),
         ("bigbird", {"seed": [1]}, "seed of bigbird must be a number like 0, got [1]"),
         ("structure", {"seed": -1}, "seed of structure must be a whole number of at least 0, got -1"),
         ("lsg", {"selection": 3}, "selection of lsg must be a word like 'norm', got 3"),

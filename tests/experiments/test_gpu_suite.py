@@ -1,11 +1,23 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.gpu_suite import arithmetic, attention, clock, competitors, correct, layouts, operations, suite, worker
+from experiments.gpu_suite import (
+    arithmetic,
+    attention,
+    clock,
+    competitors,
+    correct,
+    layouts,
+    operations,
+    suite,
+    tune,
+    worker,
+)
 from experiments.gpu_suite.__main__ import main
 from experiments.gpu_suite.case import Case, Section, Setting, number, text_table
 from experiments.gpu_suite.sections import SECTIONS
@@ -127,6 +139,51 @@ def test_suite_lists_what_failed_and_what_did_not_fit(tmp_path, monkeypatch, cap
     assert "FAILED broken: ValueError: no" in closing
     assert "not run: slow" in closing
     assert "broken: failed: ValueError: no" in capsys.readouterr().out
+
+
+def test_a_suite_goes_on_where_another_ended(tmp_path, monkeypatch):
+    cases = [Case(name, lambda seconds: {}, seconds=1) for name in ("done", "broken", "waiting")]
+    old = {"correct": {"commit": "old", "cases": [{"case": "done", "status": "ok", "line": "x"}]}}
+    old["correct"]["cases"].append({"case": "broken", "status": "failed", "error": "no"})
+    (tmp_path / "gpu_smoke_correct.json").write_text(json.dumps(old["correct"]))
+    fake = FakeWorker({})
+    monkeypatch.setattr(suite, "Worker", lambda setting: fake)
+    out = Setting(tmp_path / "out", smoke=True)
+    run = suite.Suite([make_section("correct", *cases)], out, 1, "command", "new", resume=tmp_path)
+    run.run()
+    assert fake.asked == ["broken", "waiting"]
+    saved = json.loads((tmp_path / "out" / "gpu_smoke_correct.json").read_text())
+    assert saved["counts"] == {"ok": 3, "failed": 0, "not run": 0}
+    assert saved["cases"][0] == {"commit": "old", "case": "done", "status": "ok", "line": "x"}
+
+
+@pytest.mark.parametrize(
+    ("code", "wrote", "line"),
+    [(0, True, "done"), (3, True, "as far as the time went"), (None, True, "as far as the time went"), (1, False, "")],
+)
+def test_what_the_tuner_finds_is_in_the_record_also_where_its_time_is_up(monkeypatch, code, wrote, line):
+    def limited(command, seconds, environment):
+        assert float(command[command.index("--minutes") + 1]) * 60 < seconds
+        if wrote:
+            Path(environment["SAT_TUNING"]).write_text(json.dumps({"H200": {"attention": [64, 64, 4, 2]}}))
+        return code, "attention: 2 -> 1 ms"
+
+    monkeypatch.setattr(tune, "run_limited", limited)
+    if not wrote:
+        with pytest.raises(RuntimeError, match="ended by code 1 with 0 GPUs tuned: attention: 2 -> 1 ms"):
+            tune.tune(300)
+        return
+    found = tune.tune(300)
+    assert found == {"output": "attention: 2 -> 1 ms", "kept": {"H200": {"attention": [64, 64, 4, 2]}}, "line": line}
+
+
+def test_a_device_that_the_sanitizer_does_not_know_is_no_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(correct.shutil, "which", lambda name: name)
+    monkeypatch.setattr(correct, "run_limited", lambda *_: (255, "Error: Device not supported. Please refer to"))
+    assert correct.run_sanitizer(Setting(tmp_path), 100)["status"] == "not run"
+    monkeypatch.setattr(correct, "run_limited", lambda *_: (9, "ERROR SUMMARY: 1 error"))
+    with pytest.raises(AssertionError, match="ERROR SUMMARY: 1 error"):
+        correct.run_sanitizer(Setting(tmp_path), 100)
 
 
 def test_closing_tables_fit_into_the_end_of_a_log(tmp_path, monkeypatch):

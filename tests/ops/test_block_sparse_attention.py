@@ -171,6 +171,19 @@ def test_future_and_padding_do_not_leak(backend):
     torch.testing.assert_close(ops.block_sparse_attention(query, key, value, layout, **options), after)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_padding_masks_of_any_strides(backend, fused):
+    query, key, value = tensors((2, 2, 64, 64, 8), torch.float32)
+    layout = BlockLayout(torch.ones(4, 4, dtype=torch.bool), 16)
+    mask = (torch.rand(64, 2) < 0.7).T  # of a model whose sequence comes first, in whole blocks
+    found, expected = (
+        ops.block_sparse_attention(query, key, value, layout, key_padding_mask=x, backend=backend, fused=fused)
+        for x in (mask, mask.contiguous())
+    )
+    assert torch.equal(found, expected)
+
+
 def test_padded_blocks_cost_nothing():
     layout = oracle.random_layout(2, 4, 4, 16, density=1.0, empty_row=False)
     query, key, _ = tensors((3, 2, 64, 64, 8))

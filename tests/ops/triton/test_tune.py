@@ -1,5 +1,6 @@
 import pytest
 import torch
+import triton
 
 from sat.ops.triton import parameters, tune
 
@@ -42,6 +43,24 @@ def test_the_fastest_tile_wins(monkeypatch):
     default = parameters.attention_tiles(16, 16, torch.float32, DEVICE, False)
     assert found["attention"] == (tiles["attention"][0], 1.0, 5.0)
     assert found["query_gradient"] == (parameters.Tile(*default[4:8]), 5.0, 5.0)
+
+
+@pytest.mark.parametrize("error", [triton.runtime.errors.OutOfResources(9, 8, "memory"), RuntimeError("PassManager")])
+def test_a_tile_that_does_not_run_with_masks_does_not_win(monkeypatch, error):
+    tiles = [parameters.Tile(16, 16, 4, 1), parameters.Tile(32, 16, 4, 2)]
+    monkeypatch.setattr(tune, "candidates", lambda kernel, *_: iter(tiles if kernel == "attention" else []))
+
+    def attend(query, key, value, layout, *, tiles, is_causal, key_padding_mask, **_):
+        if is_causal and tiles[:4] == [16, 16, 4, 1]:
+            assert key_padding_mask.all()
+            raise error
+        return query
+
+    monkeypatch.setattr(tune.flash, "block_sparse_attention", attend)
+    times = iter([5.0, 1.0, 2.0])
+    layout = tune.learned_like(1, 3, 16, 0.4, DEVICE)
+    found = tune.tune(layout, torch.randn(1, 1, 40, 16, device=DEVICE), False, lambda run: next(times, 9.0))
+    assert found["attention"] == (tiles[1], 2.0, 5.0)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
