@@ -44,13 +44,17 @@ def reach(layouts: Sequence[BlockLayout | None]) -> Reach:
 
     Raises:
         TypeError: one of them is no layout.
-        ValueError: there is no layout, or they are not square, or of different shapes.
+        ValueError: there is no layout, or they are not square, or of different shapes or block sizes.
     """
     if isinstance(layouts, BlockLayout):
         raise TypeError("layouts must be a list with a layout for each layer, got a single BlockLayout")
     for place, layout in enumerate(layouts):
         if layout is not None:
             check_is_layout(f"layouts[{place}]", layout)
+    sizes = {layout.block_size for layout in layouts if layout is not None}
+    if len(sizes) > 1:
+        given = " and ".join(map(str, sorted(sizes)))
+        raise ValueError(f"connectivity follows blocks of one size from layer to layer, got blocks of {given} tokens")
     shapes = {layout.shape for layout in layouts if layout is not None}
     if len(shapes) != 1:
         given = "none" if not shapes else " and ".join(f"{rows} x {columns}" for rows, columns in sorted(shapes))

@@ -355,8 +355,10 @@ def _lengths(planned: Trainer, rehearsed: Trainer) -> tuple[int, int]:
     if planned.check_val_every_n_epoch is None:
         batches = steps // epoch_steps * epoch + steps % epoch_steps * planned.accumulate_grad_batches
         return steps, batches // int(interval)
-    epochs = steps // epoch_steps
-    return steps, epochs // planned.check_val_every_n_epoch * (epoch // int(interval))
+    epochs, rest = divmod(steps, epoch_steps)
+    every = planned.check_val_every_n_epoch
+    begun = rest * planned.accumulate_grad_batches if (epochs + 1) % every == 0 else 0
+    return steps, epochs // every * (epoch // int(interval)) + begun // int(interval)
 
 
 @contextmanager

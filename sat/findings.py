@@ -111,8 +111,15 @@ def read(paths: Sequence[Path]) -> Findings:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"there is nothing at {path}; give a run's folder, a checkpoint or layout files")
+    paths = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]  # each once
     first = paths[0]
-    if len(paths) == 1 and first.is_dir() and any((first / name).exists() for name in RUN_FILES):
+    of_runs = [path for path in paths if path.is_dir() and any((path / name).exists() for name in RUN_FILES)]
+    if of_runs and len(paths) > 1:
+        raise ValueError(
+            f"{of_runs[0]} is the folder of a run, and runs are shown one at a time; to see layouts beside each other, "
+            f"give their folders or files, such as {of_runs[0] / 'layouts'}"
+        )
+    if of_runs:
         return _read_run(first)
     if len(paths) == 1 and first.is_file() and first.suffix == ".ckpt":
         found = Findings(f"{first.parent.name}/{first.name}", first)
@@ -132,6 +139,7 @@ def _read_run(folder: Path) -> Findings:
     name = folder.resolve()
     found = Findings(f"{name.parent.name}/{name.name}", folder)
     _add_config(found, folder / "config.yaml")
+    _add_config(found, folder / "config_resumed.yaml")  # of a run that went on, these decide from then on
     path = folder / "summary.json"
     if path.exists():
         try:
@@ -140,13 +148,13 @@ def _read_run(folder: Path) -> Findings:
             found.notes.append(f"summary.json cannot be read ({_line(error)}).")
     for each in _mappings(found.summary.get("transitions")):
         _add_transition(found, each)
-    _add_revisions(found, found.summary)
     _add_files(found, folder)
+    _add_revisions(found, found.summary)
     _add_csv(found, folder / "csv")
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint = _last_checkpoint(folder / "checkpoints")
     if not found.summary or not any(layer.layout for layer in found.layers):
         # A run that has not ended has its layouts in its checkpoint only.
-        if checkpoint.is_file() and _add_checkpoint(found, checkpoint) and not path.exists():
+        if checkpoint is not None and _add_checkpoint(found, checkpoint) and not path.exists():
             found.notes.append(
                 f"This run has not ended: there is no summary.json. Layouts are those of its last checkpoint, at step "
                 f"{found.summary.get('steps', 'unknown')}."
@@ -159,6 +167,13 @@ def _read_run(folder: Path) -> Findings:
     return found
 
 
+def _last_checkpoint(folder: Path) -> Path | None:
+    """That of the end; a run that was cut off before it may have one of its best model."""
+    if (folder / "last.ckpt").is_file():
+        return folder / "last.ckpt"
+    return max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+
+
 def _add_config(found: Findings, path: Path) -> None:
     """The config, and with it the thresholds."""
     if not path.is_file():
@@ -168,7 +183,7 @@ def _add_config(found: Findings, path: Path) -> None:
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         found.notes.append(f"{path.name} cannot be read ({_line(error)}), so the thresholds are not known.")
     model, sparsity = _mapping(found.config.get("model")), _mapping(found.config.get("sparsity"))
-    found.theta, found.delta = _number(sparsity.get("theta")), _number(sparsity.get("delta"))
+    found.theta, found.delta, found.agreement = _number(sparsity.get("theta")), _number(sparsity.get("delta")), None
     if model.get("attention") == "spion":  # has rules of its own, see sat.train
         found.theta, found.delta = None, _number(_mapping(model.get("attention_options")).get("change", 15.0))
     elif (least := _number(sparsity.get("agreement"))) is not None:
@@ -341,7 +356,7 @@ def _read_layouts(first: Path, files: Sequence[Path]) -> Findings:
             continue
         if len({each.stem for each in files}) < len(files):  # files of one name, which lie in different folders
             for layer in layers:
-                layer.name = str(path.with_suffix(""))
+                layer.name = f"{path.parent}: {layer.name}" if path.name == MODEL_LAYOUTS else str(path.with_suffix(""))
         found.layers += layers
     if not found.layers:
         raise ValueError(f"no layout could be read: {found.notes[0].rstrip('.')}")

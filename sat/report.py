@@ -51,14 +51,22 @@ def main(argv: list[str] | None = None) -> Path:
         found = read(arguments.paths)
         out = arguments.out or _beside(arguments.paths)
         sections = sections_of(found)
-        print_sections(Console(), sections)
     except (ValueError, OSError) as error:
         _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        _fail("interrupted; no page was written", 130)
+    trouble = ""
     try:
         write_page(out, found.title, sections, _footer(found))
     except OSError as error:
-        reason = f"{out} cannot be written ({error.strerror}); choose another place with --out"
-        _fail(reason if error.strerror else str(error))
+        trouble = f"{out} cannot be written ({error.strerror}); choose another place with --out"
+        trouble = trouble if error.strerror else str(error)
+    except KeyboardInterrupt:
+        _fail("interrupted; no page was written", 130)
+    # After the page, which those who only want the first lines get as well.
+    print_sections(Console(), sections)
+    if trouble:
+        _fail(trouble)
     print(f"page: {out}")
     return out
 
@@ -89,9 +97,9 @@ def _footer(found: Findings) -> str:
     return f"Made from {found.source} by python -m sat.report, SAT {version}, PyTorch {torch.__version__}."
 
 
-def _fail(sentence: str) -> NoReturn:
+def _fail(sentence: str, status: int = 2) -> NoReturn:
     print(f"sat.report: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from sat.monitor import Monitor, device_name
 from sat.plots import plot_carried, plot_layouts, plot_statistics
 
 CONFIG_FOLDER = "configs"
+# Of a layer that lacked nothing and yet stayed dense.
+READY = "its criterion was met, and it waited for min_dense_steps or for other layers"
 SECTIONS = ("data", "model", "optimizer", "sparsity", "trainer")
 # Those that are shipped have less than 2,000 bytes and 3 levels, and values of less than 100 characters.
 LONGEST_CONFIG, DEEPEST_CONFIG, LONGEST_VALUE = 2**16, 10, 1000
@@ -310,7 +312,7 @@ def summarize(
         "device": device_name(device),
         "versions": {package: metadata.version(package) for package in packages}
         | {"python": platform.python_version()},
-        "validation_accuracy": {key: round(value, 4) for key, value in monitor.validation_accuracy.items()},
+        "validation_accuracy": {key: round(value, 6) for key, value in monitor.validation_accuracy.items()},
         "validated_at": monitor.validated_at,
         "median_step_ms": {phase: round(time, 2) for phase, time in times.items()},
         "peak_memory_mib": {key: round(value) for key, value in monitor.peak_memory.items()},
@@ -319,7 +321,7 @@ def summarize(
     if isinstance(model, PretrainedClassifier):
         summary["pretrained"] = model.pretrained
     if module.validation_f1 is not None:
-        summary["validation_f1"] = round(module.validation_f1, 4)
+        summary["validation_f1"] = round(module.validation_f1, 6)
     if len(times) == 2:
         summary["sparse_step_speedup"] = round(times["dense"] / times["sparse"], 2)
     if sparsity is not None and sparsity.controller is not None:
@@ -334,7 +336,7 @@ def summarize(
             summary["gave_up"] = sparsity.controller.gave_up_at
         elif not sparsity.all_sparse:
             summary["not_switched"] = {
-                str(layer): sparsity.controller.missing[layer] for layer in sparsity.controller.dense_layers
+                str(layer): sparsity.controller.missing[layer] or READY for layer in sparsity.controller.dense_layers
             }
     return summary
 
@@ -351,6 +353,15 @@ def _json_safe(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_json_safe(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def speedup_text(ratio: float) -> tuple[str, str]:
+    """What a sparse step is beside a dense one, and by how much."""
+    return (
+        ("a sparse step is faster by", f"{ratio:.2f} x")
+        if ratio >= 1
+        else ("a sparse step is slower by", f"{1 / ratio:.2f} x")
+    )
 
 
 def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
@@ -383,7 +394,7 @@ def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) ->
     for phase, milliseconds in times.items():
         table.add_row(f"median step, {phase}", f"{milliseconds:.0f} ms")
     if "sparse_step_speedup" in summary:
-        table.add_row("a sparse step is faster by", f"{summary['sparse_step_speedup']:.2f} x")
+        table.add_row(*speedup_text(summary["sparse_step_speedup"]))
     for phase, mebibytes in memory.items():
         table.add_row(f"peak memory, {phase}", f"{mebibytes:,} MiB")
     console.print(table)

@@ -47,16 +47,20 @@ def _overview(found: Findings) -> Section:
     if len(heads) == 1:
         add("layouts a layer", "one for all heads" if heads == {1} else f"{heads.pop()}, one for each head")
     add("share of the blocks kept", summary.get("density"), "{:.3f}")
-    accuracy, test = part("validation_accuracy"), part("test_accuracy")
+    accuracy, test, f1 = part("validation_accuracy"), part("test_accuracy"), part("test_f1")
     add("validation accuracy before the switch", accuracy.get("before"), "{:.3f}")
     add("validation accuracy right after it", accuracy.get("after"), "{:.3f}")
     add(f"validation accuracy at step {summary.get('validated_at', '?')}", accuracy.get("latest"), "{:.3f}")
+    add(f"validation F1 at step {summary.get('validated_at', '?')}", summary.get("validation_f1"), "{:.3f}")
     add("test accuracy, final model", test.get("final"), "{:.3f}")
+    add("test F1, final model", f1.get("final"), "{:.3f}")
     best = part("best_checkpoint")
     add(f"test accuracy, best model (step {best.get('step')}, {best.get('phase')})", test.get("best"), "{:.3f}")
+    add("test F1, best model", f1.get("best"), "{:.3f}")
     for phase, milliseconds in part("median_step_ms").items():
         add(f"median step, {phase}", milliseconds, "{:.0f} ms")
-    add("a sparse step is faster by", summary.get("sparse_step_speedup"), "{:.2f} ×")
+    if isinstance(ratio := summary.get("sparse_step_speedup"), float) and ratio > 0:
+        add(f"a sparse step is {'faster' if ratio >= 1 else 'slower'} by", max(ratio, 1 / ratio), "{:.2f} ×")
     for phase, mebibytes in part("peak_memory_mib").items():
         add(f"peak memory, {phase}", mebibytes, "{:,} MiB")
     add("device", summary.get("device"))
@@ -70,11 +74,15 @@ def _in_short(found: Findings) -> str:
     kept = [layer.layout for layer in found.layers if layer.layout is not None]
     steps = sorted({layer.switch_step for layer in found.layers if layer.switch_step is not None})
     if not kept and not steps:
-        dense = found.summary.get("attention") not in (None, "adaptive", "spion")
-        if dense:
+        if not _learns(found):
             return "This run learned no layouts: its attention is not of that kind. What was recorded is shown below."
         if found.source.suffix == ".ckpt":
             return f"At this checkpoint, after step {found.summary.get('steps', '?')}, every layer is still dense."
+        if any(layer.attention is not None or layer.unread for layer in found.layers):
+            return (
+                "This training switched to sparse attention, but its layouts are not known: nothing that can be read "
+                "has them."
+            )
         missing = found.summary.get("not_switched")
         reasons = ""
         if isinstance(missing, dict) and missing:
@@ -86,8 +94,8 @@ def _in_short(found: Findings) -> str:
     sentence = ""
     if kept:
         shares = [layout.density for layout in kept]
-        least, most = min(shares), max(shares)
-        share = f"{least:.1%}" if f"{least:.1%}" == f"{most:.1%}" else f"{least:.1%} to {most:.1%}"
+        least, most = percent(min(shares)), percent(max(shares))
+        share = least if least == most else f"{least} to {most}"
         count = f"{len(kept)}" if len(kept) == len(found.layers) else f"{len(kept)} of {len(found.layers)}"
         layers = f"{'layer' if found.one_model else 'layout'}{'s' * (len(found.layers) > 1)}"
         keep = "keeps" if len(kept) == 1 else "keep"
@@ -110,6 +118,20 @@ def _in_short(found: Findings) -> str:
     return sentence.strip()
 
 
+def _learns(found: Findings) -> bool:
+    """Whether the attention is of a kind that learns layouts, as far as anything says so."""
+    model = found.config.get("model")
+    named = found.summary.get("attention", model.get("attention") if isinstance(model, dict) else None)
+    return named in (None, "adaptive", "spion")
+
+
+def percent(share: float) -> str:
+    """``12.3%``; what is little more than nothing, or little less than all, is not rounded to that."""
+    if 0 < share < 0.0005:
+        return f"{100 * share:.1g}%"
+    return "over 99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
+
+
 def _layers(found: Findings) -> list[Section]:
     """A table of the layers, and their pictures."""
     drawn = [layer for layer in found.layers if layer.layout is not None or layer.attention is not None]
@@ -128,9 +150,10 @@ def _layers(found: Findings) -> list[Section]:
     rows = []
     for layer, each in zip(found.layers, numbers, strict=True):
         layout = layer.layout
-        own: tuple[str, ...] = ("unknown" if layer.unread else "all",)
+        lost = layer.attention is not None and "gave_up" not in found.summary  # it switched
+        own: tuple[str, ...] = ("unknown" if layer.unread or lost else "all",)
         if layout is not None:
-            own = (f"{layout.density:.3f}",)
+            own = (f"{layout.density:.3f}" if layout.density >= 0.001 else f"{layout.density:.1e}",)
         if len(kinds) > 1:
             sizes = ("", "", "")
             if layout is not None:
@@ -179,7 +202,7 @@ def _held(layout: BlockLayout, layer: Layer) -> list[tuple[float, float]]:
 
 
 def _attention_text(found: Findings, layers: list[Layer]) -> list[str]:
-    if found.summary.get("began_sparsely"):
+    if found.summary.get("began_sparsely") or not _learns(found):
         return []
     if any(layer.attention is not None for layer in layers):
         return [
@@ -286,7 +309,12 @@ def _training(found: Findings) -> Section | None:
     """Loss, accuracy and step time, if there are any."""
     if not found.curves:
         return None
-    figure = plot_training(found.curves, switch_steps=[layer.switch_step for layer in found.layers])
+    gave_up = found.summary.get("gave_up")
+    figure = plot_training(
+        found.curves,
+        switch_steps=[layer.switch_step for layer in found.layers],
+        gave_up=gave_up if isinstance(gave_up, int) else None,
+    )
     section = Section("Training")
     if "train/step_ms" not in found.curves:
         section.paragraphs = ["The times of the steps have not been recorded one by one; their medians stand above."]
@@ -327,12 +355,13 @@ def _connectivity(found: Findings) -> Section | None:
     section.outcome = _verdict(result, len(layouts))
     names = [layer.name for layer in found.layers[: result.complete]]
     section.header = ("after", "pairs of blocks reached")
-    section.rows = [(name, f"{share:.1%}") for name, share in zip(names, result.shares, strict=False)]
+    section.rows = [(name, percent(share)) for name, share in zip(names, result.shares, strict=False)]
     shown = [f"after {name}" for name in names[:MOST_MAPS]]
     figure = plot_reach(
         dict(zip(shown, result.maps, strict=False)), block_size=known[0].block_size, shares=result.shares
     )
-    caption = "Of which keys each query has heard, after each layer, and the share of all pairs."
+    after = "after each layer" if len(shown) == len(names) else f"after each of the first {MOST_MAPS} layers"
+    caption = f"Of which keys each query has heard, {after}, and the share of all pairs."
     section.pictures = [Picture(figure, caption, f"{caption} The shares stand in the table above.")]
     return section
 
@@ -343,6 +372,6 @@ def _verdict(result: Reach, layers: int) -> str:
         many = f"{result.complete} layers" if result.complete > 1 else "1 layer"
         return f"After {many}, any token has heard of any {pairs}."
     return (
-        f"The {layers} layer{'s do' if layers > 1 else ' does'} not suffice: {result.shares[-1]:.1%} of the pairs of "
-        f"blocks are reached at the end; the others never exchange anything."
+        f"The {layers} layer{'s do' if layers > 1 else ' does'} not suffice: {percent(result.shares[-1])} of the "
+        f"pairs of blocks are reached at the end; the others never exchange anything."
     )

@@ -344,7 +344,7 @@ class Run:
                 "phase": runs.phase_of(self.module, self.model.attention),
             }
         scores = {
-            metric: {name: round(test[f"test/{metric}"], 4) for name, test in tests.items() if f"test/{metric}" in test}
+            metric: {name: round(test[f"test/{metric}"], 6) for name, test in tests.items() if f"test/{metric}" in test}
             for metric in ("acc", "f1")
         }
         summary["test_accuracy"] = scores["acc"]
@@ -403,13 +403,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Where nothing can be written any more, or numbers are no longer finite, the status is 1.
     """
     argv = sys.argv[1:] if argv is None else argv
-    console = Console()
+    console = Console(markup=False)  # names and paths may have brackets
     _quiet_lightning()
     try:
         args, parser = parse(argv)
         run = Run(args, parser, console)
         if args.estimate:
-            return run.estimate()
+            try:
+                return run.estimate()
+            except SystemExit:  # what Lightning makes of a signal
+                raise KeyboardInterrupt from None
         run.prepare()
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
         _fail(" ".join(str(error).split()), 2)

@@ -81,6 +81,12 @@ def test_errors_are_sentences(shapes, message):
         reach([BlockLayout(torch.ones(shape, dtype=torch.bool), 16) for shape in shapes])
 
 
+def test_blocks_of_different_sizes_are_not_one_model():
+    blocks = torch.ones(4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="blocks of one size from layer to layer, got blocks of 16 and 32 tokens"):
+        reach([BlockLayout(blocks, 16), BlockLayout(blocks, 32)])
+
+
 def test_what_is_no_layout_is_refused():
     layout = BlockLayout(torch.ones(4, 4, dtype=torch.bool), 16)
     with pytest.raises(TypeError, match="a list with a layout for each layer"):

@@ -165,6 +165,8 @@ def test_an_attention_of_one_phase(tiny: Path) -> None:
         ["--trainer.max_steps", 12, "--trainer.accumulate_grad_batches", 3, "--trainer.limit_val_batches", 2],
         ["--trainer.max_steps", -1, "--trainer.max_epochs", 3, "--trainer.val_check_interval", 0.5,
          "--trainer.check_val_every_n_epoch", 1, "--trainer.limit_train_batches", 6],
+        ["--trainer.max_steps", 10, "--trainer.val_check_interval", 2, "--trainer.check_val_every_n_epoch", 1,
+         "--trainer.limit_train_batches", 6],
     ],
 )  # fmt: skip
 def test_steps_and_validations_are_those_of_the_run(

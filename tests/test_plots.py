@@ -234,6 +234,10 @@ def test_training_draws_what_there_is(tmp_path: Path) -> None:
     assert "the switch to sparse attention at step 5" in words(figure)
     assert (tmp_path / "training.png").stat().st_size > 0
     assert "layers switch at step 5" in words(plot_training(curves, switch_steps=[5, 7]))
+    assert "right of it sparse" in words(figure)
+    for some in ({"switch_steps": [5, None]}, {"switch_steps": [5, 5], "gave_up": 9}):
+        assert "right of it sparse" not in words(plot_training(curves, **some))
+    assert "dense attention again from step 9 on" in words(plot_training(curves, switch_steps=[5, 5], gave_up=9))
     with pytest.raises(ValueError, match="got lr"):
         plot_training({"lr": ([1], [0.1])})
 
@@ -243,6 +247,20 @@ def test_reach_draws_a_panel_a_layer() -> None:
     figure = plot_reach(maps, block_size=16, shares=[0.125, 1.0])
     assert [torch.as_tensor(image.get_array()).bool().sum().item() for image in images(figure)] == [8, 64]
     assert "after layer 0 · 12 %" in words(figure)
+
+
+def test_a_single_number_among_undefined_ones_is_a_dot() -> None:
+    figure = plot_statistics(
+        [0, 1], [[1.0, 1.0]], [[math.nan] * 2], theta=None, delta=None, agreement=[[math.nan, 0.9]]
+    )  # fmt: skip
+    assert figure.axes[1].get_lines()[0].get_marker() == "o"
+
+
+def test_layouts_of_different_lengths_have_numbers_each() -> None:
+    layouts = {f"layer {n}": BlockLayout(torch.eye(n, dtype=torch.bool), 16) for n in (2, 3, 4)}
+    assert all(axes.yaxis.get_tick_params()["labelleft"] for axes in plot_layouts(layouts).axes)
+    alike = {f"layer {n}": layouts["layer 2"] for n in range(3)}
+    assert [axes.yaxis.get_tick_params()["labelleft"] for axes in plot_layouts(alike).axes] == [True, False, False]
 
 
 def test_thresholds_that_are_not_known_are_not_drawn() -> None:

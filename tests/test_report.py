@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sat import report, train
 from sat.findings import read
 from sat.layout import BlockLayout
+from sat.sections import percent
 from sat.sparsity import PooledAttention, captured_mass
 
 CONFIG = """
@@ -220,6 +223,89 @@ def test_a_run_that_was_cut_off_shows_its_last_checkpoint(run, capsys):
     assert len(page.pictures) == 5
 
 
+def test_a_run_that_was_cut_off_after_its_switch_is_not_called_dense(run, capsys):
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "layouts")
+    (run / "checkpoints" / "last.ckpt").rename(run / "checkpoints" / "best.ckpt")
+    page, _ = made(capsys, run)
+    assert "2 layers keep" in page.words
+    shutil.rmtree(run / "checkpoints")
+    page, printed = made(capsys, run)
+    assert "This training switched to sparse attention, but its layouts are not known" in page.words
+    assert printed.count("unknown") == 2
+    shutil.rmtree(run / "attention")
+    (run / "config.yaml").write_text("model: {attention: longformer}")
+    page, _ = made(capsys, run)
+    assert "This run learned no layouts" in page.words
+
+
+def test_revisions_of_a_run_that_began_sparsely(run, capsys):
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["transitions"]
+    summary |= {"began_sparsely": "window", "revisions": [{"layer": 1, "step": 8}, {"layer": 0, "step": 12}]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page, _ = made(capsys, run)
+    assert "Layouts were changed 2 times after that, last at step 12" in page.words
+
+
+def test_a_resumed_run_has_the_thresholds_that_it_went_on_with(run, capsys):
+    (run / "config_resumed.yaml").write_text("sparsity: {theta: -7, delta: 9}")
+    page, _ = made(capsys, run)
+    assert "skewness at least -7 and change below 9 %" in page.words
+
+
+def test_f1_and_a_sparse_step_that_is_slower(run, capsys):
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"validation_f1": 0.8123, "test_f1": {"final": 0.7777, "best": 0.7999}, "sparse_step_speedup": 0.8}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page, printed = made(capsys, run)
+    for text in ("0.812", "0.778", "0.800", "a sparse step is slower by", "1.25 ×"):
+        assert text in page.words
+        assert text in printed
+
+
+def test_a_run_that_went_back_has_no_sparse_phase_to_the_end(run, capsys):
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"gave_up": 15}))
+    shutil.rmtree(run / "layouts")
+    shutil.rmtree(run / "checkpoints")
+    page, printed = made(capsys, run)
+    assert "At step 15 it went back to dense attention" in page.words
+    assert "unknown" not in printed
+
+
+def test_the_page_is_there_also_where_nobody_reads_the_tables(run):
+    command = f"{sys.executable} -m sat.report {run} | head -c 1"
+    subprocess.run(["sh", "-c", command], cwd=Path(__file__).parents[1], check=True, capture_output=True, timeout=300)
+    assert (run / "report.html").stat().st_size > 1000
+
+
+def test_runs_are_shown_one_at_a_time_and_files_once(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    assert "runs are shown one at a time" in refused(capsys, run, other)
+    page, _ = made(capsys, run, run)
+    assert "switched to sparse attention" in page.words
+    page, _ = made(capsys, *[run / "layouts" / "layer0.safetensors"] * 2)
+    assert len(page.pictures) == 2  # the layout and its reach
+    metadata = {"format": "sat.transformers", "version": "1", "block_size": "16", "sparse": '["a", "b"]'}
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        save_file(
+            {layer: torch.ones(1, 4, 4, dtype=torch.bool) for layer in "ab"},
+            tmp_path / name / "sat_layouts.safetensors",
+            metadata,
+        )
+    page, _ = made(capsys, tmp_path / "x", tmp_path / "y")
+    assert f"{tmp_path / 'y'}: b" in page.words
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0, "0.0%"), (2.4e-4, "0.02%"), (0.1234, "12.3%"), (0.9999, "over 99.9%"), (1, "100.0%")]
+)
+def test_shares_are_not_rounded_to_nothing_or_all(share, text):
+    assert percent(share) == text
+
+
 def test_damaged_files_are_named_and_the_rest_is_shown(run, capsys):
     (run / "summary.json").write_text('{"steps": 20, "trans')
     for name in ("layouts/layer1.safetensors", "attention/layer0.safetensors", "checkpoints/last.ckpt"):
@@ -303,7 +389,7 @@ def test_markup_in_names_is_text(tmp_path, capsys):
         (["runs"], "holds 2 runs; give one of them, such as the newest, runs/"),
         (["runs/a"], "has left nothing to show yet"),
         (["half.ckpt"], "half.ckpt is not a whole checkpoint"),
-        (["half.ckpt", "half.ckpt"], "only layout files"),
+        (["half.ckpt", "numbers.ckpt"], "only layout files"),
         (["numbers.ckpt"], "holds no training checkpoint"),
         (["half.safetensors"], "no layout could be read: half.safetensors is left out"),
         (["note.txt"], "no layout could be read"),

@@ -92,11 +92,19 @@ def test_a_whole_run_leaves_everything_in_its_folder(tiny, capsys):
 
 
 def test_on_a_terminal_a_bar_counts_the_steps(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(train, "Console", lambda: Console(force_terminal=True, width=110))
+    monkeypatch.setattr(train, "Console", lambda **options: Console(force_terminal=True, width=110, **options))
     run("--config", tiny)
     printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
     for text in ("sparse", "20/20 loss", "testing", "3/3"):  # what stands there in between depends on the time
         assert text in printed
+
+
+def test_brackets_in_names_are_no_markup(tiny, capsys):
+    run("--config", tiny, "--name", "[red]lr=3", "--trainer.max_steps", 2, "--output_dir", "out[/x]")
+    (folder,) = Path("out[/x]/[red]lr=3").iterdir()
+    printed = capsys.readouterr().out
+    assert "[red]lr=3: " in printed
+    assert f"everything lies in {folder}" in printed
 
 
 def test_the_saved_config_repeats_the_run(tiny):

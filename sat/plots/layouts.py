@@ -259,7 +259,9 @@ def _draw_layers(names: list[str], layouts: list[BlockLayout], held: list[float]
     edge = 3.6 if columns == 1 else 2.6
     # Room for the heading, and for a panel title of one line or of two.
     lines = 0.24 if all(map(math.isnan, held)) else 0.4
-    figure, grid = panels(rows, columns, edge, left=0.85, top=0.6 + lines, gaps=(0.22, 0.4 + lines))
+    alike = _of_one_size(layouts)  # otherwise each panel has numbers of its own
+    gaps = (0.22 if alike else 0.55, 0.4 + lines)
+    figure, grid = panels(rows, columns, edge, left=0.85, top=0.6 + lines, gaps=gaps)
     grouped = False
     for index, axes in enumerate(axes for row in grid for axes in row):
         if index >= len(layouts):
@@ -271,15 +273,23 @@ def _draw_layers(names: list[str], layouts: list[BlockLayout], held: list[float]
         text = f"{names[index]} · density {density_text(layout.density)}{share}"
         axes.set_title(text, fontsize=8.5, color=INK, loc="left", pad=4)
         # At the end of a last row that is not full, the panel above keeps its numbers.
-        axes.tick_params(labelbottom=index + columns >= len(layouts), labelleft=index % columns == 0)
+        axes.tick_params(
+            labelbottom=not alike or index + columns >= len(layouts), labelleft=not alike or index % columns == 0
+        )
     return figure, grouped
+
+
+def _of_one_size(layouts: Sequence[BlockLayout]) -> bool:
+    """Whether all are of as many tokens."""
+    return len({(*layout.shape, layout.block_size) for layout in layouts}) == 1
 
 
 def _draw_heads(names: list[str], layouts: list[BlockLayout], held: list[float], heads: int) -> tuple[Figure, bool]:
     """One row a layer, one column a head; small panels that share their numbers; and whether cells are groups."""
     rows = len(layouts)
     edge = 2.2 if heads <= 3 else 1.35 if heads <= 8 else 0.95
-    figure, grid = panels(rows, heads, edge, left=1.95, top=0.85, gaps=(0.1, 0.26))
+    alike = _of_one_size(layouts)
+    figure, grid = panels(rows, heads, edge, left=1.95, top=0.85, gaps=(0.1, 0.26 if alike else 0.44))
     grouped = False
     for row, (name, layout) in enumerate(zip(names, layouts, strict=True)):
         mask = layout.mask
@@ -289,7 +299,7 @@ def _draw_heads(names: list[str], layouts: list[BlockLayout], held: list[float],
                 continue
             grouped |= _matrix(axes, mask[head], layout.block_size, edge, ticks=2)
             # Under a head that the next layer does not have, too.
-            last = row == rows - 1 or head >= layouts[row + 1].num_heads
+            last = not alike or row == rows - 1 or head >= layouts[row + 1].num_heads
             axes.tick_params(labelbottom=last, labelleft=head == 0)
             density = density_text(_density(mask[head]))
             who = "all heads" if layout.num_heads == 1 else f"head {head}" if row == 0 else ""

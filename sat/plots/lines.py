@@ -77,15 +77,14 @@ def plot_statistics(
     upper, lower = places["skewness"], places.get("relative_change")
     figure.subplots_adjust(left=0.095, right=0.72, bottom=0.18 / len(drawn), top=1 - 0.28 / len(drawn), hspace=0.12)
     colors = line_colors(layers)
-    marker = "o" if len(steps) == 1 else None
     for color, skew in zip(colors, skewness, strict=True):
-        upper.plot(steps, skew, color=color, linewidth=1.3, marker=marker)
+        upper.plot(steps, skew, color=color, linewidth=1.3, **_points(skew))
     if theta is not None:
         _threshold(upper, theta, f"at least θ = {theta:g}", above=True)
     if lower is not None:
         for color, change in zip(colors, relative_change, strict=True):
             positive = [value if value > 0 else math.nan for value in change]
-            lower.plot(steps, positive, color=color, linewidth=0.9, marker=marker)
+            lower.plot(steps, positive, color=color, linewidth=0.9, **_points(positive))
         lower.set_yscale("log")
         lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         lower.set_ylabel("relative change\nof the distance (%)", fontsize=9, color=INK)
@@ -93,7 +92,7 @@ def plot_statistics(
             _threshold(lower, delta, f"below δ = {delta:g} %", above=False)
     if agreement is not None:
         for color, shares in zip(colors, agreement, strict=False):
-            places["agreement"].plot(steps, shares, color=color, linewidth=1.3, marker=marker)
+            places["agreement"].plot(steps, shares, color=color, linewidth=1.3, **_points(shares))
         places["agreement"].set_ylim(-0.02, 1.02)
         places["agreement"].set_ylabel("agreement of\nthe chosen blocks", fontsize=9, color=INK)
         if least_agreement is not None:
@@ -142,6 +141,7 @@ def plot_training(
     path: str | os.PathLike[str] | None = None,
     *,
     switch_steps: Sequence[int | None] = (),
+    gave_up: int | None = None,
     title: str | None = None,
 ) -> Figure:
     """Draw loss, accuracy and the time of a step over the training, with the switch to sparse attention.
@@ -151,6 +151,7 @@ def plot_training(
             ``train/step_ms`` (milliseconds). Others are left out, and so are panels without a curve.
         path: PNG file to write; an existing one is replaced whole or not at all. None writes nothing.
         switch_steps: per layer, the step at which it left the dense phase; None where it has not.
+        gave_up: the step at which all went back to dense attention; None: they have not.
         title: heading of the figure.
 
     Raises:
@@ -180,7 +181,7 @@ def plot_training(
     for axes, (label, names) in zip(places, drawn.items(), strict=True):
         for name in names:
             steps, values = curves[name]
-            axes.plot(steps, values, marker="o" if len(steps) < 25 else None, markersize=2.5, **styles[name])
+            axes.plot(steps, values, **_points(values), **styles[name])
         for step in switches:
             axes.axvline(step, color=INK, linewidth=1.0, linestyle="-" if len(switches) == 1 else (0, (1, 1)), zorder=1)
         if "loss" not in label and min((v for name in names for v in curves[name][1]), default=0) >= 0:
@@ -200,10 +201,22 @@ def plot_training(
     figure.align_ylabels()
     if switches:
         what = "the switch to sparse attention" if len(switches) == 1 else "from here on, layers switch"
+        what = "some layers switch" if None in switch_steps and len(switches) == 1 else what
         _name_switch(places[0], switches[0], what)
     note = "left of the line dense attention, right of it sparse" if len(switches) == 1 else ""
+    if gave_up is not None:
+        for axes in places:
+            axes.axvline(gave_up, color=INK, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
+        note = f"dense attention again from step {thousands(gave_up)} on (dashed line)"
+    elif None in switch_steps:
+        note = ""
     heading(figure, title or "How training went", note)
     return written(figure, path)
+
+
+def _points(values: Sequence[float]) -> dict[str, Any]:
+    """Dots where there are few numbers: a line has no width at a single one."""
+    return {"marker": "o", "markersize": 2.5} if sum(value == value for value in values) < 25 else {}
 
 
 def _name_switch(axes: Axes, step: int, what: str) -> None:
