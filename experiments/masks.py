@@ -69,9 +69,10 @@ class Rule:
     Attributes:
         scores: what is observed of each block: ``mass`` of attention, ``relation`` (mass over what its row and column
             would have if attention were a product of the two), ``sensitivity`` (see sat.ops.block_sensitivity),
+            ``signed`` derivative of the loss by a bias on the block (first where more attention would lessen the loss),
             ``absolute`` derivative of the loss by a bias on the block, ``energy`` of the deviation from uniform
             attention, ``largest`` weight in the block; ``gram``: the paper's mask; or ``none``: by chance.
-        exponent: of the relation, from 0 (mass) to 1.
+        exponent: of the relation, from 0 (mass) to 1; None: for each head the one whose blocks hold most sensitivity.
         window: the blocks nearest to the diagonal, the scores decide among equals.
         per_head: a layout for each head.
         shared: one budget for all layers and heads: blocks of the highest scores.
@@ -85,7 +86,7 @@ class Rule:
     """
 
     scores: str = "sensitivity"
-    exponent: float = 0.0
+    exponent: float | None = 0.0
     window: bool = False
     per_head: bool = True
     shared: bool = False
@@ -109,9 +110,11 @@ RULES: dict[str, Rule | None] = {
     "mass, balanced": Rule("mass", balanced=True),
     "relation .5": Rule("relation", 0.5),
     "relation 1": Rule("relation", 1.0),
+    "relation, by head": Rule("relation", None),
     "largest weight": Rule("largest"),
     "energy": Rule("energy"),
     "absolute gradient": Rule("absolute"),
+    "signed gradient": Rule("signed"),
     "sensitivity": Rule(),
     "sensitivity, shared budget": Rule(shared=True),
     "sensitivity, by offset": Rule(offsets=True),
@@ -208,8 +211,15 @@ def choose(rule: Rule, seen: Observations, density: float, generator: torch.Gene
         scores = torch.rand(shape, generator=generator, dtype=torch.float64)
     elif rule.scores == "relation":
         mass = seen.mean("mass")
-        product = mass.sum(3, keepdim=True) * mass.sum(2, keepdim=True)
-        scores = mass / product.clamp(min=1e-12) ** rule.exponent
+        product = (mass.sum(3, keepdim=True) * mass.sum(2, keepdim=True)).clamp(min=1e-12)
+        if rule.exponent is None:
+            scores = _best_relation(mass, product, seen.mean("sensitivity"), density)
+        else:
+            scores = mass / product**rule.exponent
+    elif rule.scores == "signed":
+        # From 0 on: what is masked has a derivative of 0, like that which changes nothing.
+        scores = seen.mean("signed").neg()
+        scores -= scores.min()
     else:
         scores = seen.mean(rule.scores).abs()
     if not rule.per_head:
@@ -230,6 +240,14 @@ def choose(rule: Rule, seen: Observations, density: float, generator: torch.Gene
     if rule.coverage:
         return _covered(scores.flatten(0, 1), density, options).view(shape)
     return select_blocks(scores.flatten(0, 1), density=density, share_budget=rule.shared, **options).view(shape)
+
+
+def _best_relation(mass: Tensor, product: Tensor, worth: Tensor, density: float) -> Tensor:
+    """Relations ``[layers, H, M, N]``, each head's with the exponent whose blocks are worth most together."""
+    tried = torch.stack([mass / product**exponent for exponent in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    kept = select_blocks(tried.flatten(0, 2), density=density, keep_diagonal=True).view(tried.shape)
+    best = (kept * worth).sum((3, 4)).argmax(0)
+    return tried.gather(0, best[None, :, :, None, None].expand(1, *mass.shape))[0]
 
 
 def _covered(scores: Tensor, density: float, options: dict[str, Any]) -> Tensor:

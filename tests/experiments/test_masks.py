@@ -84,6 +84,27 @@ def test_the_relation_divides_by_what_rows_and_columns_have(seen):
     assert kept.sum() == COUNT * masks.LAYERS * masks.HEADS
 
 
+def test_each_head_has_the_exponent_whose_blocks_are_worth_most(seen):
+    mass = seen.mean("mass")
+    product = mass.sum(3, keepdim=True) * mass.sum(2, keepdim=True)
+    plain, relation = (chosen(masks.Rule("relation", exponent), seen) for exponent in (0.0, 1.0))
+    worth = torch.zeros(SHAPE, dtype=torch.float64)
+    worth[0, 0], worth[0, 1], worth[1] = plain[0, 0], relation[0, 1], relation[1]
+    seen.sums["sensitivity"] = worth + 0.01 * (mass / product).clamp(max=1)
+    kept = chosen(masks.RULES["relation, by head"], seen)
+    assert torch.equal(kept[0, 0], plain[0, 0])
+    assert torch.equal(kept[0, 1], relation[0, 1])
+    assert torch.equal(kept[1], relation[1])
+
+
+def test_a_signed_gradient_keeps_what_lessens_the_loss(seen):
+    kept = chosen(masks.Rule("signed", diagonal=False, rows=0), seen)
+    signed = seen.mean("signed")
+    assert signed[kept].max() <= signed[~kept].max()
+    for layer, head in ((0, 0), (1, 1)):
+        assert signed[layer, head][kept[layer, head]].max() <= signed[layer, head][~kept[layer, head]].min()
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_studied_attention_is_attention(padded, sparse):
