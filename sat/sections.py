@@ -94,7 +94,7 @@ def _in_short(found: Findings) -> str:
     sentence = ""
     if kept:
         shares = [layout.density for layout in kept]
-        least, most = percent(min(shares)), percent(max(shares))
+        least, most = share_text(min(shares)), share_text(max(shares))
         share = least if least == most else f"{least} to {most}"
         count = f"{len(kept)}" if len(kept) == len(found.layers) else f"{len(kept)} of {len(found.layers)}"
         layers = f"{'layer' if found.one_model else 'layout'}{'s' * (len(found.layers) > 1)}"
@@ -125,7 +125,7 @@ def _learns(found: Findings) -> bool:
     return named in (None, "adaptive", "spion")
 
 
-def percent(share: float) -> str:
+def share_text(share: float) -> str:
     """``12.3%``; what is little more than nothing, or little less than all, is not rounded to that."""
     if 0 < share < 0.0005:
         return f"{100 * share:.1g}%"
@@ -355,7 +355,7 @@ def _connectivity(found: Findings) -> Section | None:
     section.outcome = _verdict(result, len(layouts))
     names = [layer.name for layer in found.layers[: result.complete]]
     section.header = ("after", "pairs of blocks reached")
-    section.rows = [(name, percent(share)) for name, share in zip(names, result.shares, strict=False)]
+    section.rows = [(name, share_text(share)) for name, share in zip(names, result.shares, strict=False)]
     shown = [f"after {name}" for name in names[:MOST_MAPS]]
     figure = plot_reach(
         dict(zip(shown, result.maps, strict=False)), block_size=known[0].block_size, shares=result.shares
@@ -372,6 +372,6 @@ def _verdict(result: Reach, layers: int) -> str:
         many = f"{result.complete} layers" if result.complete > 1 else "1 layer"
         return f"After {many}, any token has heard of any {pairs}."
     return (
-        f"The {layers} layer{'s do' if layers > 1 else ' does'} not suffice: {percent(result.shares[-1])} of the "
+        f"The {layers} layer{'s do' if layers > 1 else ' does'} not suffice: {share_text(result.shares[-1])} of the "
         f"pairs of blocks are reached at the end; the others never exchange anything."
     )

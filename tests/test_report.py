@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sat import report, train
 from sat.findings import read
 from sat.layout import BlockLayout
-from sat.sections import percent
+from sat.sections import share_text
 from sat.sparsity import PooledAttention, captured_mass
 
 CONFIG = """
@@ -303,7 +303,7 @@ def test_runs_are_shown_one_at_a_time_and_files_once(run, tmp_path, capsys):
     ("share", "text"), [(0, "0.0%"), (2.4e-4, "0.02%"), (0.1234, "12.3%"), (0.9999, "over 99.9%"), (1, "100.0%")]
 )
 def test_shares_are_not_rounded_to_nothing_or_all(share, text):
-    assert percent(share) == text
+    assert share_text(share) == text
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(run, capsys):

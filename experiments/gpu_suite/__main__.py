@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.smoke and not torch.cuda.is_available():
         print("gpu_suite needs a CUDA GPU, and PyTorch finds none here (to try the suite: --smoke).", file=sys.stderr)
         return 2
+    if args.resume is not None and not args.resume.is_dir():
+        parser.error(f"--resume {args.resume} is no folder; give one with results of this suite")
     out = record.RESULTS if args.out is None else args.out
     out.mkdir(parents=True, exist_ok=True)
     names = [args.only] if args.only else [name for name in SECTIONS if name not in ON_REQUEST]

@@ -108,12 +108,12 @@ class Suite:
         """What an earlier command measured on this device, with the commit that it was measured at."""
         if not file.is_file():
             return {}
-        content = json.loads(file.read_text())
-        return {
-            each["case"]: {"commit": content.get("commit"), **each}
-            for each in content["cases"]
-            if each["status"] == "ok"
-        }
+        try:
+            content = json.loads(file.read_text())
+            ok = [each for each in content["cases"] if each["status"] == "ok"]
+            return {each["case"]: {"commit": content.get("commit"), **each} for each in ok}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} holds no results of this suite ({error}); give another --resume") from error
 
     def run(self) -> None:
         """Each section within its share; then, while there is time, what did not fit."""

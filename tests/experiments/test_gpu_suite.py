@@ -155,6 +155,11 @@ def test_a_suite_goes_on_where_another_ended(tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "out" / "gpu_smoke_correct.json").read_text())
     assert saved["counts"] == {"ok": 3, "failed": 0, "not run": 0}
     assert saved["cases"][0] == {"commit": "old", "case": "done", "status": "ok", "line": "x"}
+    (tmp_path / "gpu_smoke_correct.json").write_text("{")
+    with pytest.raises(ValueError, match=r"gpu_smoke_correct\.json holds no results of this suite"):
+        suite.Suite([make_section("correct", *cases)], out, 1, "command", "new", resume=tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--smoke", "--out", str(tmp_path), "--resume", str(tmp_path / "none")])
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ from sat.attention import AdaptiveAttention
 from sat.integrations import transformers as integration
 from sat.integrations.transformers import load_layouts, prepare, register, save_layouts
 from sat.layout import BlockLayout
+from sat.patterns import Fixed
 
 pytestmark = [
     # transformers calls what PyTorch has begun to retire, and its hub client what Python has.
@@ -1068,3 +1069,21 @@ def test_without_transformers_a_sentence_says_what_to_install(
     )
     with pytest.raises(ImportError, match=sentence):
         runpy.run_path(integration.__file__)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_unidirectional_pattern_hides_the_future_where_the_model_does(causal):
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        is_decoder=causal,
+    )  # fmt: skip
+    model = BertModel(config).eval()
+    pattern = Fixed(2, 16, attention="unidirectional")
+    for attention in prepare(model, seq_len=64, block_size=16).values():
+        attention.set_layout(pattern.layout(64))
+    ids = torch.randint(0, 50, (1, 64))
+    other = ids.clone()
+    other[0, 15] = (ids[0, 15] + 1) % 50
+    changed = (model(ids).last_hidden_state != model(other).last_hidden_state).any(2)[0].nonzero()
+    # As docs/deepspeed.md says: to the token, or to the end of the own block.
+    assert int(changed[0]) == (15 if causal else 0)
