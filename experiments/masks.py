@@ -107,6 +107,7 @@ RULES: dict[str, Rule | None] = {
     "mass, one layout a layer": Rule("mass", per_head=False),
     "mass": Rule("mass"),
     "mass, coverage": Rule("mass", coverage=True),
+    "mass, by offset": Rule("mass", offsets=True),
     "mass, balanced": Rule("mass", balanced=True),
     "relation .5": Rule("relation", 0.5),
     "relation 1": Rule("relation", 1.0),
