@@ -290,7 +290,7 @@ def _statistics(found: Findings) -> Section | None:
     limits = [f"skewness at least {found.theta:g}"] if found.theta is not None else []
     limits += [f"change below {found.delta:g} %"] if found.delta is not None else []
     limits += [f"agreement at least {found.agreement:g}"] if found.agreement is not None else []
-    rule = f" The thresholds: {' and '.join(limits)}." if limits else ""
+    rule = f" The threshold{'s' * (len(limits) > 1)}: {' and '.join(limits)}." if limits else ""
     measured = any("relative_change" in layer for layers in found.history.values() for layer in layers)
     section.paragraphs = [
         "Skewness tells how unevenly attention is spread: it rises as a pattern forms."

@@ -238,7 +238,8 @@ def _name_switch(axes: Axes, step: int, what: str) -> None:
 def _step_axis(axes: Axes, steps: Sequence[int]) -> None:
     axes.set_xlabel("training step", fontsize=9, color=INK)
     single = len(set(steps)) == 1
-    axes.xaxis.set_major_locator(FixedLocator(list(steps[:1])) if single else MaxNLocator(nbins=8, integer=True))
+    round_steps = MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True)
+    axes.xaxis.set_major_locator(FixedLocator(list(steps[:1])) if single else round_steps)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: thousands(value)))
 
 
