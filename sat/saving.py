@@ -192,13 +192,16 @@ class SaveLast(Callback):
             self.agree(trainer)
         due = step >= self._saved_at + self.every_n_steps or (self.interrupted and step > self._saved_at)
         if due and between_steps:
-            # This batch has been counted as fetched already, but a resumed run has yet to fetch it.
+            # This batch has been counted as fetched already, and as the last of the epoch if it is that, but a resumed
+            # run has yet to fetch it: it would take the epoch for finished.
             progress = trainer.fit_loop.epoch_loop.batch_progress
+            is_last, progress.is_last_batch = progress.is_last_batch, False
             progress.total.ready -= 1
             progress.current.ready -= 1
             self.save(trainer, pl_module)
             progress.total.ready += 1
             progress.current.ready += 1
+            progress.is_last_batch = is_last
             self._saved_at = step
         if self.interrupted and between_steps:
             raise RunInterrupted(f"interrupted at step {step}", self.received)

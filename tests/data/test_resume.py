@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from sat.data import SequenceDataModule
 from sat.data.cache import Prepared
+from sat.saving import SaveLast
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # a batch of these takes microseconds
@@ -122,6 +123,44 @@ def test_every_checkpoint_resumes_with_the_next_batch(
             assert list(resumed.items())[:common] == list(expected.items())[:common]
         else:
             assert resumed == expected
+
+
+class SaveEach(SaveLast):
+    """Writes ``last.ckpt`` before each step, and keeps all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "last.ckpt", every_n_steps=1)
+        self.files: list[Path] = []
+        self.done: list[int] = []
+
+    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.path = self.path.with_name(f"{len(self.files)}.ckpt")
+        self.files.append(self.path)
+        self.done.append(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        super().save(trainer, pl_module)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_steps": 8},
+        {"max_epochs": 3},
+        {"max_epochs": 3, "val_check_interval": 2},
+        {"max_steps": 8, "val_check_interval": 2, "check_val_every_n_epoch": None},
+    ],
+)
+def test_what_is_saved_between_steps_resumes_with_the_next_batch(
+    tmp_path: Path, arguments: dict[str, Any], accumulate: int
+):
+    """Before the last batch of an epoch, too, and just after a validation."""
+    arguments = {**arguments, "accumulate_grad_batches": accumulate}
+    save = SaveEach(tmp_path)
+    straight = fit(ValidatedRecorder(), tmp_path, callbacks=[save], **arguments).seen
+    assert len(save.files) >= 6
+    for file, done in zip(save.files, save.done, strict=True):
+        resumed = fit(ValidatedRecorder(), tmp_path, resume=file, **arguments).seen
+        assert resumed == {index: batch for index, batch in straight.items() if index >= done}, done
 
 
 def test_a_batch_whose_step_failed_is_trained_again(tmp_path: Path):
