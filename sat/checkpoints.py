@@ -321,7 +321,7 @@ def _check_weights(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, 
 
 
 def check_processes(path: Path, trainer: Trainer, batch_size: int) -> None:
-    """That a run that goes on in another number of processes goes on with the same samples at each step.
+    """That a run goes on with as many batches a step, and in other processes with the same samples at each step.
 
     Args:
         path: its checkpoint, which :func:`check_checkpoint` has found good.
@@ -332,13 +332,15 @@ def check_processes(path: Path, trainer: Trainer, batch_size: int) -> None:
         ValueError: it does not, with the settings that would.
     """
     was = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("processes")
-    if was is None or was["count"] == trainer.world_size:
+    if was is None:
         return
     if was["accumulate_grad_batches"] != trainer.accumulate_grad_batches:
         raise ValueError(
             f"{path} was trained with trainer.accumulate_grad_batches={was['accumulate_grad_batches']}, this run has "
-            f"{trainer.accumulate_grad_batches}; in another number of processes a run goes on with the same"
+            f"{trainer.accumulate_grad_batches}; a run goes on with the same"
         )
+    if was["count"] == trainer.world_size:
+        return
     together = was["count"] * was["batch_size"]
     if together != trainer.world_size * batch_size:
         fitting, rest = divmod(together, trainer.world_size)

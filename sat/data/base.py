@@ -141,7 +141,13 @@ class SequenceDataModule(pl.LightningDataModule):
         tensors, rows = self._rows_of("train")
         world_size, rank = self._world()
         batches = TrainBatches(
-            len(rows), self.batch_size, seed=self.seed, world_size=world_size, rank=rank, shuffle=True
+            len(rows),
+            self.batch_size,
+            seed=self.seed,
+            world_size=world_size,
+            rank=rank,
+            shuffle=True,
+            accumulate=getattr(self.trainer, "accumulate_grad_batches", 1),
         )
         if len(batches) == 0:
             across = f" in each of {world_size} processes" if world_size > 1 else ""

@@ -33,12 +33,24 @@ class TrainBatches(_Batches):
 
     Global batch ``i`` of ``k`` ranks is the batch ``i`` that one process with ``k`` times the batch size would see;
     each rank takes its consecutive part of it.
+
+    Args:
+        accumulate: batches a step. What is left of an epoch beyond whole steps is left out, as it would be with batches
+            of that size: Lightning would take a step on it, of a gradient that is too small. An epoch of less than a
+            step stays as it is.
     """
 
     start = 0  # the first batch of the coming pass that has not been handed out yet
 
+    def __init__(
+        self, size: int, batch_size: int, *, seed: int, world_size: int, rank: int, shuffle: bool, accumulate: int = 1
+    ) -> None:
+        super().__init__(size, batch_size, seed=seed, world_size=world_size, rank=rank, shuffle=shuffle)
+        self.accumulate = accumulate
+
     def __len__(self) -> int:
-        return self.size // (self.batch_size * self.num_replicas)
+        batches = self.size // (self.batch_size * self.num_replicas)
+        return batches - batches % self.accumulate if batches > self.accumulate else batches
 
     def set_epoch(self, epoch: int) -> None:
         """Let the coming pass be this epoch; it begins at its first batch unless it was the coming one already."""

@@ -50,6 +50,20 @@ def test_set_epoch_chooses_the_epoch():
     assert seen(other) == second
 
 
+@pytest.mark.parametrize(("accumulate", "batches"), [(1, 5), (2, 4), (4, 4), (5, 5), (6, 5)])
+def test_an_epoch_has_whole_steps_of_accumulated_batches(accumulate: int, batches: int):
+    """And all it has, where that is less than one step."""
+    order = TrainBatches(22, 4, seed=3, world_size=1, rank=0, shuffle=True, accumulate=accumulate)
+    assert list(order) == list(TrainBatches(22, 4, seed=3, world_size=1, rank=0, shuffle=True))[:batches]
+    assert len(order) == batches
+
+
+def test_accumulated_batches_are_those_of_a_larger_one():
+    larger = TrainBatches(46, 8, seed=3, world_size=1, rank=0, shuffle=True)
+    smaller = list(TrainBatches(46, 4, seed=3, world_size=1, rank=0, shuffle=True, accumulate=2))
+    assert [a + b for a, b in zip(smaller[::2], smaller[1::2], strict=True)] == list(larger)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_batches_of_one_process(world_size: int):
     whole = seen(loader(batch_size=8))

@@ -157,7 +157,7 @@ def test_what_is_saved_between_steps_resumes_with_the_next_batch(
     arguments = {**arguments, "accumulate_grad_batches": accumulate}
     save = SaveEach(tmp_path)
     straight = fit(ValidatedRecorder(), tmp_path, callbacks=[save], **arguments).seen
-    assert len(save.files) >= 6
+    assert len(save.files) >= 5
     for file, done in zip(save.files, save.done, strict=True):
         resumed = fit(ValidatedRecorder(), tmp_path, resume=file, **arguments).seen
         assert resumed == {index: batch for index, batch in straight.items() if index >= done}, done
