@@ -59,8 +59,13 @@ class AdaptiveSparsity(SparsityPhases, Callback):
         self.attach_optimizers(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse layouts that this callback knows nothing of."""
+        """Refuse layouts that this callback knows nothing of, and a guard that has nothing to go by."""
         self.check_phases()
+        if self.guard is not None and not trainer.enable_validation:
+            raise ValueError(
+                f"guard={self.guard} goes by the loss on validation data, and this training has none "
+                f"(limit_val_batches={trainer.limit_val_batches}); validate, or set guard to None"
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A step that failed has not restored its learning rate."""

@@ -52,6 +52,7 @@ STATES: dict[str, Any] = {
     "Monitor": {
         "step_times": {str: [float]},
         "validation_accuracy": {str: float},
+        "switch_samples": int,
         "validated_at": int,
         "training_seconds": float,
         "peak_memory": {str: float},

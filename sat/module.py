@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy
 
 from sat.baselines import fingerprint
@@ -130,13 +131,21 @@ class ClassificationModule(LightningModule):
 
     @torch.no_grad()
     def _origin(self, batch: Batch) -> str:
-        """Where NaN or infinite values come from: the batch, a weight, or the first part of the model to give them."""
+        """Where NaN or infinite values come from: the batch, a weight, or the first part of the model to give them.
+
+        Of weights that are spread over processes only this one's part, and no part of the model: to gather them all
+        processes would have to ask, and this one may be alone.
+        """
+        sharded = isinstance(self.model, FSDPModule)
         for name, value in batch.items():
             if not value.isfinite().all():
                 return f", because {name} of its batch contains NaN or infinite values"
         for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if not own.isfinite().all():
                 return f", because the weight {name} is NaN or infinite"
+        if sharded:
+            return ""
         found: list[str] = []
 
         def note(name: str) -> Callable[..., None]:

@@ -49,6 +49,7 @@ class Monitor(Callback):
         self.attention = attention
         self.step_times: dict[str, list[float]] = {}
         self.validation_accuracy: dict[str, float] = {}
+        self.switch_samples = 0  # on how many accuracy was measured around the switch; 0: on all, or none was
         self.validated_at = 0
         self.peak_memory: dict[str, float] = {}
         self.trained = False  # whether a step has been done in this process
@@ -120,6 +121,8 @@ class Monitor(Callback):
             self.note_peak_memory("dense", pl_module)
             self._keep_attention(trainer)
             self._measure_switch(trainer, pl_module, [t.layer for t in new])
+            if pl_module.device.type == "cuda":  # of what the sparse phase takes, its measurement is no part
+                torch.cuda.reset_peak_memory_stats()
             if self._began is not None:
                 self._began += time.perf_counter() - now
             self.console.print(transition_table(new))
@@ -194,18 +197,21 @@ class Monitor(Callback):
     @torch.no_grad()
     def _accuracy(self, trainer: Trainer, pl_module: LightningModule) -> float:
         """Share of right answers on the first validation batches of all processes; draws no random numbers."""
-        right = total = 0
+        right = total = cut = 0
         pl_module.eval()
         for index, batch in enumerate(trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
             if index == self.switch_batches:
+                cut = 1
                 break
-            batch = trainer.strategy.batch_to_device(batch)
-            logits: Tensor = pl_module(batch)
+            batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+            with trainer.precision_plugin.val_step_context():  # as validation computes, autocast included
+                logits: Tensor = pl_module(batch)
             right += int((logits.argmax(1) == batch["labels"]).sum())
             total += len(logits)
         pl_module.train()
-        counts = torch.tensor([right, total], device=pl_module.device)
-        right, total = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        counts = torch.tensor([right, total, cut], device=pl_module.device)
+        right, total, cut = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        self.switch_samples = total if cut else 0
         return right / max(total, 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,6 +219,7 @@ class Monitor(Callback):
         return {
             "step_times": self.step_times,
             "validation_accuracy": self.validation_accuracy,
+            "switch_samples": self.switch_samples,
             "validated_at": self.validated_at,
             "training_seconds": self.training_seconds,
             "peak_memory": dict(self.peak_memory),
@@ -223,6 +230,7 @@ class Monitor(Callback):
         self.step_times = {phase: list(times) for phase, times in state_dict["step_times"].items()}
         self.validation_accuracy = dict(state_dict["validation_accuracy"])
         self.validated_at = state_dict["validated_at"]
+        self.switch_samples = state_dict.get("switch_samples", 0)
         self._trained_before = state_dict.get("training_seconds", 0.0)  # the first files do not say
         self.peak_memory = dict(state_dict.get("peak_memory", {}))
 

@@ -260,13 +260,16 @@ def save_model(
 
     A folder of an earlier end of this run is replaced when the new one is whole.
     """
-    target, written = folder / "model", folder / "model.partial"
-    shutil.rmtree(written, ignore_errors=True)
+    target, written, old = folder / "model", folder / "model.partial", folder / "model.old"
+    for leftover in (written, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     with disk_errors():
         classifier.save(written, weights, data.class_names)
     data.save_processor(written)
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        target.replace(old)
     written.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_carried(folder: Path, carried: Sequence[tuple[BlockLayout, BlockLayout]]) -> None:
@@ -318,6 +321,8 @@ def summarize(
         "peak_memory_mib": {key: round(value) for key, value in monitor.peak_memory.items()},
         "training_seconds": round(monitor.training_seconds, 1),
     }
+    if monitor.switch_samples:
+        summary["switch_samples"] = monitor.switch_samples
     if isinstance(model, PretrainedClassifier):
         summary["pretrained"] = model.pretrained
     if module.validation_f1 is not None:
@@ -372,12 +377,15 @@ def print_summary(console: Console, folder: Path, summary: Mapping[str, Any]) ->
     if attention != "adaptive":
         settings = ", ".join(f"{key} {value}" for key, value in options.items())
         table.add_row("attention", f"{attention} ({settings})" if settings else attention)
+    if "gave_up" in summary:
+        table.add_row("went back to dense attention, by its guard", f"at step {summary['gave_up']}")
     if summary["density"] is not None:
         table.add_row("share of the blocks kept", f"{summary['density']:.3f}")
     times, memory = summary["median_step_ms"], summary["peak_memory_mib"]
     if "before" in validation:
-        table.add_row("validation accuracy before the switch", f"{validation['before']:.3f}")
-        table.add_row("validation accuracy right after it", f"{validation['after']:.3f}")
+        part = f" (first {summary['switch_samples']:,} samples)" if "switch_samples" in summary else ""
+        table.add_row(f"validation accuracy before the switch{part}", f"{validation['before']:.3f}")
+        table.add_row(f"validation accuracy right after it{part}", f"{validation['after']:.3f}")
     if "latest" in validation:
         table.add_row(f"validation accuracy at step {summary['validated_at']}", f"{validation['latest']:.3f}")
     if "validation_f1" in summary:

@@ -48,8 +48,10 @@ def _overview(found: Findings) -> Section:
         add("layouts a layer", "one for all heads" if heads == {1} else f"{heads.pop()}, one for each head")
     add("share of the blocks kept", summary.get("density"), "{:.3f}")
     accuracy, test, f1 = part("validation_accuracy"), part("test_accuracy"), part("test_f1")
-    add("validation accuracy before the switch", accuracy.get("before"), "{:.3f}")
-    add("validation accuracy right after it", accuracy.get("after"), "{:.3f}")
+    samples = summary.get("switch_samples")
+    some = f" (first {samples:,} samples)" if isinstance(samples, int) else ""
+    add(f"validation accuracy before the switch{some}", accuracy.get("before"), "{:.3f}")
+    add(f"validation accuracy right after it{some}", accuracy.get("after"), "{:.3f}")
     add(f"validation accuracy at step {summary.get('validated_at', '?')}", accuracy.get("latest"), "{:.3f}")
     add(f"validation F1 at step {summary.get('validated_at', '?')}", summary.get("validation_f1"), "{:.3f}")
     add("test accuracy, final model", test.get("final"), "{:.3f}")

@@ -237,15 +237,12 @@ class Run:
             runs.claim_folder(self.folder)
         try:
             runs.make_folder(self.folder)
-            first = not (self.folder / "config.yaml").exists()
+            first = self.anew or not (self.folder / "config.yaml").exists()
             with written_whole(self.folder / ("config.yaml" if first else "config_resumed.yaml")) as temporary:
                 temporary.write_text(self.config)
             self._read_data()
         except BaseException:
-            if self.new:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                with contextlib.suppress(OSError):  # there are other runs of this name
-                    self.folder.parent.rmdir()
+            self.discard()
             raise
         parameters = sum(p.numel() for p in self.module.parameters())
         self.console.print(
@@ -265,6 +262,13 @@ class Run:
             self.console.print(f"begins sparsely, with the structure {self.sparsity.began}", highlight=False)
         if isinstance(self.model, PretrainedClassifier):
             self.console.print(self.model.origin(), highlight=False, soft_wrap=True)
+
+    def discard(self) -> None:
+        """Leave no folder of a run that did not begin, which ``--ckpt_path last`` would take for the newest."""
+        if self.new and self.trainer.global_rank == 0 and not self.last.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # there are other runs of this name
+                self.folder.parent.rmdir()
 
     def _read_data(self) -> None:
         self.data.prepare_data()
@@ -435,6 +439,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if not sentence:
             raise
         logger.debug("the run ends", exc_info=True)
+        if status == 2:  # settings that are only refused when training starts
+            run.discard()
         _fail(sentence, status)
 
 
@@ -471,7 +477,8 @@ def _sentence(error: BaseException, run: Run) -> tuple[str, int]:
     if run.trainer.world_size > 1 and _lost_a_process(error):
         return f"{_who_died(run.trainer)}, and the run stops{_go_on(run)}", 1
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if isinstance(error, Exception) and not memory and run.checkpoint is not None and not run.monitor.trained:
+    innocent = memory or isinstance(error, torch.AcceleratorError) or "DataLoader worker" in str(error)
+    if isinstance(error, Exception) and not innocent and run.checkpoint is not None and not run.monitor.trained:
         # A file of ours brings none of these about, one that somebody has changed does, wherever it is taken up.
         what = f"{type(error).__name__}: {reason(error)}"
         return f"{run.checkpoint} cannot be gone on from ({what}); give another --ckpt_path, or none to start anew", 2

@@ -19,6 +19,7 @@ from sat import cli, runs, train
 from sat.attention import AdaptiveAttention
 from sat.layout import BlockLayout
 from sat.models import SequenceClassifier
+from sat.monitor import Monitor
 from sat.saving import SaveLast
 
 TINY = """
@@ -307,6 +308,79 @@ def test_ctrl_c_before_the_first_step_promises_no_checkpoint(tiny, monkeypatch, 
     interrupt_at(monkeypatch, 0)
     message = refused(capsys, "--config", tiny, status=130)
     assert "--ckpt_path" not in message
+
+
+def test_settings_that_only_lightning_refuses_leave_no_folder(tiny, capsys):
+    """It would be the newest, and ``--ckpt_path last`` would begin anew there."""
+    run("--config", tiny)
+    done = run_folder()
+    both = ["--trainer.val_check_interval", 500, "--trainer.check_val_every_n_epoch", 1]
+    assert "val_check_interval" in refused(capsys, "--config", tiny, *both)
+    without = ["--sparsity.guard", 0.1, "--trainer.limit_val_batches", 0]
+    assert "guard=0.1 goes by the loss on validation data, and this" in refused(capsys, "--config", tiny, *without)
+    assert run_folder() == done
+    assert run("--config", tiny, "--ckpt_path", "last")["steps"] == 20
+    assert run_folder() == done
+
+
+def test_what_begins_anew_is_recorded_as_it_is_then(tiny, monkeypatch, capsys):
+    interrupt_at(monkeypatch, 0)
+    refused(capsys, "--config", tiny, status=130)
+    monkeypatch.undo()
+    monkeypatch.chdir(tiny.parent)
+    assert run("--config", tiny, "--ckpt_path", "last", "--trainer.max_steps", 12)["steps"] == 12
+    assert "max_steps: 12" in (run_folder() / "config.yaml").read_text()
+    assert not (run_folder() / "config_resumed.yaml").exists()
+
+
+def test_a_broken_machine_is_not_blamed_on_the_checkpoint(tiny, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        refused(capsys, "--config", tiny, status=130)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
+
+    monkeypatch.setattr(train.Monitor, "on_train_batch_start", broken)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        run("--config", tiny, "--ckpt_path", "last")
+
+
+def test_another_accumulation_is_refused_on_a_resume(tiny, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        refused(capsys, "--config", tiny, status=130)
+    other = ["--config", tiny, "--ckpt_path", "last", "--trainer.accumulate_grad_batches", 2]
+    assert "accumulate_grad_batches=1, this run has 2; a run goes on with the same" in refused(capsys, *other)
+
+
+def test_accuracy_around_the_switch_is_measured_as_validation_computes(tiny, monkeypatch, capsys):
+    """Under autocast, if the run is; and says of how many samples it is, if not of all."""
+    kinds = []
+    original = SequenceClassifier.forward
+
+    def noted(self, *args, **kwargs):
+        logits = original(self, *args, **kwargs)
+        kinds.append((self.training, logits.dtype))
+        return logits
+
+    monkeypatch.setattr(SequenceClassifier, "forward", noted)
+    monkeypatch.setattr(train, "Monitor", lambda *args: Monitor(*args, switch_batches=2))
+    options = ["--trainer.precision", "bf16-mixed", "--data.eval_batch_size", 8]
+    summary = run("--config", tiny, *options)
+    assert set(kinds) == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert summary["switch_samples"] == 16
+    assert "validation accuracy right after it (first 16 samples)" in capsys.readouterr().out
+
+
+def test_the_summary_says_when_the_guard_went_back_to_dense_attention(capsys, tmp_path):
+    summary = {
+        **{"name": "x", "steps": 20, "attention": "adaptive", "attention_options": {}, "density": None},
+        **{"validation_accuracy": {"before": 0.5, "after": 0.4}, "test_accuracy": {}, "gave_up": 15},
+        **{"median_step_ms": {}, "peak_memory_mib": {}},
+    }
+    runs.print_summary(Console(width=120), tmp_path, summary)
+    assert re.search(r"went back to dense attention, by its guard +│ at step 15", capsys.readouterr().out)
 
 
 def test_ctrl_c_in_the_last_step_leaves_before_the_test(tiny, monkeypatch, capsys):
