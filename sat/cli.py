@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from sat import runs
 from sat.callback import AdaptiveSparsity
 from sat.data import DATASETS, ColorImageDataModule, SequenceDataModule
+from sat.data.tokens import TokenizedTextDataModule
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
 
@@ -194,6 +195,8 @@ def make_model(args: Namespace, data: SequenceDataModule) -> SequenceClassifier 
                 f"the tokenizer has {data.vocab_size} tokens, of which {model.pretrained} knows {known}; give the "
                 f"model's own as --data.tokenizer"
             )
+        if isinstance(data, TokenizedTextDataModule):
+            model.pad_with(data.tokenizer.pad_token_id)
     if model.max_length is not None and length > model.max_length:
         if not model.extend_positions:
             raise ValueError(

@@ -300,6 +300,30 @@ class TestClassifier:
         assert got.equal(expected)
         assert not model(input_ids=ids, attention_mask=mask).equal(expected)
 
+    @pytest.mark.parametrize("known", [None, 5])
+    def test_a_decoder_reads_its_answer_before_the_padding(self, tmp_path, known):
+        """Whatever its files say of padding, or do not."""
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        config = transformers.LlamaConfig(vocab_size=20, num_key_value_heads=2, pad_token_id=known, **sizes)
+        transformers.LlamaModel(config).save_pretrained(tmp_path)
+        model = PretrainedClassifier(2, "text", pretrained=str(tmp_path)).eval()
+        model.pad_with(2)
+        assert model.model.config.pad_token_id == 2
+        ids = torch.randint(6, 20, (2, 9))
+        ids[1, 6:] = 2
+        together = model(input_ids=ids, attention_mask=ids != 2)
+        assert together[1].allclose(model(input_ids=ids[1:, :6])[0], atol=1e-6)
+        assert together[0].allclose(model(input_ids=ids[:1])[0], atol=1e-6)
+
+    def test_positions_that_are_numbered_behind_other_padding(self, tmp_path):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        config = transformers.RobertaConfig(vocab_size=20, pad_token_id=1, **sizes)
+        transformers.RobertaModel(config).save_pretrained(tmp_path)
+        model = PretrainedClassifier(2, "text", pretrained=str(tmp_path))
+        model.pad_with(1)
+        with pytest.raises(ValueError, match=r"behind its padding, token 1, and the tokenizer pads with 0; give the"):
+            model.pad_with(0)
+
     def test_a_head_for_other_classes_is_made_anew(self, folders, tmp_path):
         same = PretrainedClassifier(10, "pictures", pretrained=str(folders / "vit"))
         assert same.new_weights == set()
@@ -348,6 +372,7 @@ class TestClassifier:
                 {"max_position_embeddings": 40, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16},
                 40,
             ),
+            ("GPT2", {"n_positions": 40, "pad_token_id": 0}, 40),
             ("ModernBert", {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2}, None),
         ],
     )

@@ -240,7 +240,9 @@ def read_processor(name: str) -> tuple[tuple[float, ...], tuple[float, ...], tup
     """
     found = from_folder_or_hub(name, partial(_processor_file, name), "preprocessor_config.json", "--data.processor")
     content: dict[str, Any] = json.loads(found)
-    size = content.get("size", 224)
+    # What the model gets: a crop of what was resized, if there is one.
+    cropped = content.get("do_center_crop") and "crop_size" in content
+    size = content["crop_size"] if cropped else content.get("size", 224)
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))
     else:
@@ -257,6 +259,9 @@ def read_processor(name: str) -> tuple[tuple[float, ...], tuple[float, ...], tup
             or not (np.isfinite([*mean, *std]).all() and min(std) > 0 < min(height, width))
         ):
             raise ValueError("three means, three positive deviations and a size are expected")
+        factor = content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1.0
+        if abs(255 * float(factor) - 1) > 1e-6:
+            raise ValueError(f"values are multiplied by {factor}, and 1/255 is expected")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"the preprocessor_config.json of {name} does not say image_mean, image_std and size as an image processor "

@@ -100,12 +100,29 @@ class PretrainedClassifier(nn.Module):
         if image_size is not None:
             return max(image_size) if isinstance(image_size, list | tuple) else image_size
         for module in self.model.modules():
-            table = getattr(module, "position_embeddings", None)
-            if isinstance(table, nn.Embedding):
+            tables = [getattr(module, name, None) for name in ("position_embeddings", "wpe")]  # the latter in GPT-2
+            table = next((each for each in tables if isinstance(each, nn.Embedding)), None)
+            if table is not None:
                 # RoBERTa and its kin number positions from behind the padding's on.
                 padding = getattr(module, "padding_idx", None)
                 return table.num_embeddings - (0 if padding is None else padding + 1)
         return None
+
+    def pad_with(self, token: int) -> None:
+        """Tell the model the token of padding: decoders read their answer at the last token that is another.
+
+        Raises:
+            ValueError: its positions are numbered by another one.
+        """
+        for module in self.model.modules():
+            own = getattr(module, "padding_idx", None)
+            if isinstance(getattr(module, "position_embeddings", None), nn.Embedding) and own not in (None, token):
+                raise ValueError(
+                    f"{self.pretrained} numbers positions from behind its padding, token {own}, and the tokenizer pads "
+                    f"with {token}; give the model's own as --data.tokenizer"
+                )
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.pad_token_id = token
 
     def origin(self) -> str:
         """Where the weights come from and which of them are trained, for people."""

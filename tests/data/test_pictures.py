@@ -285,6 +285,15 @@ class TestColour:
         assert asked.size() == "48 x 48 pixels"
         assert read_processor(processor(size=224))[2] == (224, 224)
         assert read_processor(processor(size={"shortest_edge": 96}))[2] == (96, 96)
+        deit = {"size": {"height": 256, "width": 256}, "crop_size": {"height": 224, "width": 224}}
+        assert read_processor(processor(**deit, do_center_crop=True))[2] == (224, 224)
+        assert read_processor(processor(**deit, do_center_crop=False))[2] == (256, 256)
+        assert read_processor(processor(size=256, crop_size=224, do_center_crop=True))[2] == (224, 224)
+
+    @pytest.mark.parametrize("odd", [{"do_rescale": False}, {"rescale_factor": 1 / 127.5}])
+    def test_a_processor_of_other_values_is_refused(self, processor, odd):
+        with pytest.raises(ValueError, match="and 1/255 is expected"):
+            read_processor(processor(**odd))
 
     def test_flipped_and_shifted(self):
         pictures = torch.arange(1.0, 1 + 200 * 3 * 16 * 24).view(200, 3, 16, 24)
