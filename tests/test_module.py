@@ -56,6 +56,17 @@ def test_the_learning_rate_goes_up_then_down_linearly_to_the_end(tmp_path):
     assert rates[-1] < 0.1 / 10
 
 
+def test_sharded_weights_are_looked_at_without_the_other_processes(monkeypatch):
+    """One of them alone finds a NaN: what all would have to take part in would never come back."""
+    module = ClassificationModule(Scores(), 3)
+    monkeypatch.setattr("sat.module.FSDPModule", Scores)
+    monkeypatch.setattr(Scores, "forward", None)  # would fail
+    batch = {"input_ids": torch.zeros(2, 2, dtype=torch.int64), "labels": torch.zeros(2, dtype=torch.int64)}
+    assert module._origin(batch) == ""
+    module.model.table.weight.data[3, 1] = torch.inf
+    assert "the weight table.weight is NaN or infinite" in module._origin(batch)
+
+
 def test_accuracy_and_loss_are_what_they_say(tmp_path):
     module = ClassificationModule(Scores(), 3)
     loader = batches()
