@@ -1,6 +1,6 @@
 """Does it reach the accuracy, and what does it cost: methods over tasks and seeds, all else equal.
 
-    python -m experiments.accuracy --data FOLDER                     # small: an hour or so on one CPU core
+    python -m experiments.accuracy --data FOLDER                     # small: some five hours of one CPU core
     python -m experiments.accuracy --tasks digits                    # embedded in scikit-learn, nothing to download
     python -m experiments.accuracy --scale paper --tasks cifar10 --data FOLDER --minutes 9.5          # on a GPU
     python -m experiments.accuracy --scale paper --steps 10000 ...   # as long as the paper trained
@@ -12,7 +12,7 @@ come from the Hugging Face hub. Each run is kept in the results as it ends. The 
 there, trains what is missing, and goes on in the middle of a run that was cut off. Runs with other settings, or on
 other data, are never counted together.
 
-small: sequences of 256 tokens, 1,000 steps of 32 (AG News: 2,000) on one CPU thread, one to three minutes a run. The
+small: sequences of 256 tokens, 1,000 steps of 32 (AG News: 2,000) on one CPU thread, two to nine minutes a run. The
 paper's method is dense for the first tenth of the steps, SAT until its choice of blocks has settled, which is sooner;
 then a tenth of the blocks are kept (of 8 tokens, 32 x 32 of them). paper: configs/*_paper.yaml with fewer steps, see
 docs/paper.md.

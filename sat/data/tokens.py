@@ -184,7 +184,7 @@ def load_tokenizer(name: str) -> Any:
     except ImportError as error:
         raise ImportError(
             "tokenizers of pretrained models need transformers, which is not installed; install it with "
-            "pip install 'sat-sparse-attention[transformers]'"
+            "pip install 'transformers>=5.10'"
         ) from error
     tokenizer = from_folder_or_hub(
         name,

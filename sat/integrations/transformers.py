@@ -34,7 +34,7 @@ if transformers is None or tuple(map(int, transformers.__version__.split(".")[:2
     found = "it is not installed" if transformers is None else f"{transformers.__version__} is installed"
     raise ImportError(
         f"sat.integrations.transformers needs the package transformers, 5.10 or newer, and {found}; get it with "
-        f"pip install 'sat-sparse-attention[transformers]'"
+        f"pip install 'transformers>=5.10'"
     )
 
 from huggingface_hub import hf_hub_download

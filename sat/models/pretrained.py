@@ -156,7 +156,7 @@ def _load(name: str, num_classes: int, inputs: Inputs, dropout: float | None) ->
     except ImportError as error:
         raise ImportError(
             "pretrained models need transformers, which is not installed; install it with "
-            "pip install 'sat-sparse-attention[transformers]'"
+            "pip install 'transformers>=5.10'"
         ) from error
     task = "SequenceClassification" if inputs == "text" else "ImageClassification"
     local = Path(name).is_dir()

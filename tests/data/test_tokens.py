@@ -193,7 +193,7 @@ class TestErrors:
 
     def test_without_transformers(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
-        with pytest.raises(ImportError, match=r"pip install 'sat-sparse-attention\[transformers\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'transformers>=5\.10'"):
             MRPC(tokenizer="any")
 
     @pytest.mark.parametrize(

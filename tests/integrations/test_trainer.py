@@ -311,6 +311,12 @@ def test_each_trial_of_a_search_has_its_state_in_its_own_checkpoints(tmp_path, m
     assert (tmp_path / "checkpoint-4" / STATE_FILE).read_bytes() == before
 
 
+def test_a_guard_without_evaluation_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, SparsityCallback(**SETTINGS, guard=0.5), eval_strategy="no")
+    with pytest.raises(ValueError, match=r"guard=0\.5 goes by the loss on evaluation data, and this training has none"):
+        trainer.train()
+
+
 def test_only_evaluations_of_the_training_count_for_the_guard(tmp_path):
     callback = SparsityCallback(**SETTINGS, guard=0.5)
     trainer = make_trainer(tmp_path, callback, steps=8, eval_strategy="steps", eval_steps=2)

@@ -1064,9 +1064,7 @@ def test_without_transformers_a_sentence_says_what_to_install(
     version: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", version and SimpleNamespace(__version__=version))
-    sentence = (
-        r"needs the package transformers, 5\.10 or newer, and .*pip install 'sat-sparse-attention\[transformers\]'"
-    )
+    sentence = r"needs the package transformers, 5\.10 or newer, and .*pip install 'transformers>=5\.10'"
     with pytest.raises(ImportError, match=sentence):
         runpy.run_path(integration.__file__)
 
