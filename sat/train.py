@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -409,6 +410,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     console = Console(markup=False)  # names and paths may have brackets
     _quiet_lightning()
+    if "SLURM_JOB_ID" in os.environ and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, _interrupted)  # where SaveLast listens it does so instead; Lightning keeps out
     try:
         args, parser = parse(argv)
         run = Run(args, parser, console)
@@ -422,6 +425,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         _fail(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
         _fail("interrupted before the first step; nothing was begun", 130)
+    except RunInterrupted as stop:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            _requeue()
+        _fail("interrupted before the first step; nothing was begun", 128 + stop.received)
     except (estimate.DoesNotFit, FloatingPointError) as error:
         _fail(str(error), 1)
     try:
@@ -442,6 +449,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if status == 2:  # settings that are only refused when training starts
             run.discard()
         _fail(sentence, status)
+
+
+def _interrupted(received: int, _: Any) -> None:
+    """SLURM's signal while no step is running, such as while data is read."""
+    raise RunInterrupted("interrupted while no step was running", received)
 
 
 def _stop(sentence: str, received: int, run: Run) -> NoReturn:

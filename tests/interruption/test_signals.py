@@ -74,6 +74,21 @@ def test_sigusr1_of_slurm_queues_the_job_again(whole: Path, place: Path, monkeyp
         assert_same_run(whole, place)
 
 
+def test_sigusr1_before_the_first_step_queues_the_job_again(place: Path):
+    """And leaves nothing that the job, when it is started again, would go on with."""
+    tool = place / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/asked"\n')
+    tool.chmod(0o755)
+    job = {"SLURM_JOB_ID": "71", "PATH": f"{tool.parent}:{os.environ['PATH']}"}
+    reading = "sat.data.base:SequenceDataModule.prepare_data"
+    status, output = processes.run(place, COMMAND, ("environment", job), ("send", reading, 1, signal.SIGUSR1))
+    assert status == 128 + signal.SIGUSR1, output
+    assert "interrupted before the first step; nothing was begun" in output
+    assert (tool.parent / "asked").read_text() == "requeue 71\n"
+    assert not (place / "runs").exists() or not list((place / "runs").iterdir())
+
+
 def test_a_job_that_cannot_be_queued_again_says_so(place: Path):
     job = {"SLURM_JOB_ID": "71", "PATH": str(place)}
     status, output = processes.run(place, COMMAND, ("environment", job), ("send", STEP, 5, signal.SIGUSR1))
