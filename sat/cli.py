@@ -199,9 +199,10 @@ def make_model(args: Namespace, data: SequenceDataModule) -> SequenceClassifier 
             model.pad_with(data.tokenizer.pad_token_id)
     if model.max_length is not None and length > model.max_length:
         if not model.extend_positions:
+            extensible = not any(hasattr(module, "wpe") for module in model.model.modules())  # not those of GPT-2
             raise ValueError(
                 f"data.{option} is {length}, but {model.pretrained} has positions for {model.max_length}; set "
-                f"--data.{option} {model.max_length}, or --model.extend_positions true"
+                f"--data.{option} {model.max_length}{', or --model.extend_positions true' * extensible}"
             )
         extend_position_embeddings(model.model, None, length)
     if model.attention == "adaptive":

@@ -297,11 +297,16 @@ def measure(
     # The switch is forced here, and needs no explanation.
     said, before = logging.getLogger("sat.sparsity"), logging.getLogger("sat.sparsity").level
     said.setLevel(logging.ERROR)
+    guard = sparsity.guard if sparsity else None
+    if sparsity:
+        sparsity.guard = None  # which wants validation; that is timed by itself, below
     try:
         with _fitting(lambda: f"{rehearsal.phase} training", data, module, rehearsed, "batch_size"):
             rehearsed.fit(module, datamodule=data)
     finally:
         said.setLevel(before)
+        if sparsity:
+            sparsity.guard = guard
     layouts = [] if sparsity is None else [*sparsity.layouts.values()]
     batches = {
         "validation": _limited(len(data.val_dataloader()), planned.limit_val_batches),

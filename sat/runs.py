@@ -260,7 +260,9 @@ def save_model(
 
     A folder of an earlier end of this run is replaced when the new one is whole.
     """
-    target, written, old = folder / "model", folder / "model.partial", folder / "model.old"
+    target, written, old = folder / "model", folder / "model.partial", folder / ".model.old"
+    if old.exists() and not target.exists():  # it was killed in between
+        old.replace(target)
     for leftover in (written, old):
         shutil.rmtree(leftover, ignore_errors=True)
     with disk_errors():

@@ -95,8 +95,11 @@ class WholeCheckpoints(TorchCheckpointIO):
         save_state(checkpoint, path)
 
 
-class RunInterrupted(Exception):
+class RunInterrupted(BaseException):
     """A signal asked the run to stop; what was trained has been saved, at the end of a step.
+
+    Like KeyboardInterrupt no ``Exception``: what takes those for a damaged file, or a hub that cannot be reached, is
+    not to take this for one.
 
     Args:
         sentence: what happened.

@@ -408,10 +408,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Where nothing can be written any more, or numbers are no longer finite, the status is 1.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if "SLURM_JOB_ID" not in os.environ or threading.current_thread() is not threading.main_thread():
+        return _main(argv)
+    # Where SaveLast listens, that does so instead. Lightning sees that somebody does, and keeps out.
+    before = signal.signal(signal.SIGUSR1, _interrupted)
+    try:
+        return _main(argv)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _main(argv: list[str]) -> dict[str, Any]:
     console = Console(markup=False)  # names and paths may have brackets
     _quiet_lightning()
-    if "SLURM_JOB_ID" in os.environ and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, _interrupted)  # where SaveLast listens it does so instead; Lightning keeps out
     try:
         args, parser = parse(argv)
         run = Run(args, parser, console)
@@ -435,8 +444,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run.train()
         return run.report()
     except RunInterrupted as stop:
-        if run.trainer.global_rank > 0:  # all have stopped after this step; rank 0 says so, by its exit status too
-            raise SystemExit(0) from stop
+        # All have stopped after this step, and rank 0 says so, by its exit status too; unless no step was running.
+        if run.trainer.global_rank > 0:
+            raise SystemExit(0 if run.save_last.interrupted else 128 + stop.received) from stop
+        _end_children(run.trainer)
         _stop(str(stop), stop.received, run)
     except BaseException as error:
         _end_children(run.trainer)
@@ -452,7 +463,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _interrupted(received: int, _: Any) -> None:
-    """SLURM's signal while no step is running, such as while data is read."""
+    """SLURM's signal while no step is running, such as while data is read; one is enough."""
+    signal.signal(received, signal.SIG_IGN)
     raise RunInterrupted("interrupted while no step was running", received)
 
 

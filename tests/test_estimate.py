@@ -215,6 +215,11 @@ def test_of_a_phase_that_does_not_fit(
     assert not Path("runs").exists()
 
 
+def test_a_guard_is_no_hindrance(tiny: Path) -> None:
+    estimated = ["--config", tiny, "--estimate", "true"]
+    assert run(*estimated, "--sparsity.guard", 0.1)["kinds"].keys() == run(*estimated)["kinds"].keys()
+
+
 def test_other_errors_stay_what_they_are(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **options: object) -> torch.Tensor:
         raise RuntimeError("something else")

@@ -56,14 +56,11 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         """Prepare the model, find its attention modules, and go on where a checkpoint was.
 
         Raises:
-            ValueError: the model or the checkpoint does not fit, there is a ``guard`` but no evaluation, or the Trainer
-                would wrap the model in ``nn.DataParallel``.
+            ValueError: the model or the checkpoint does not fit, or the Trainer would wrap it in ``nn.DataParallel``.
         """
-        if self.guard is not None and args.eval_strategy == "no":
-            raise ValueError(
-                f"guard={self.guard} goes by the loss on evaluation data, and this training has none; set "
-                f"eval_strategy, or guard to None"
-            )
+        if self.guard is not None and args.eval_strategy == "no":  # though other callbacks may ask for evaluations
+            logger.warning("guard=%g goes by the loss on evaluation data; without an eval_strategy it does nothing "
+                           "unless somebody evaluates", self.guard)  # fmt: skip
         if args.n_gpu > 1:
             raise ValueError(
                 f"{type(self).__name__} cannot watch attention in nn.DataParallel, which the Trainer takes for "

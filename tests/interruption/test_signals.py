@@ -74,19 +74,27 @@ def test_sigusr1_of_slurm_queues_the_job_again(whole: Path, place: Path, monkeyp
         assert_same_run(whole, place)
 
 
-def test_sigusr1_before_the_first_step_queues_the_job_again(place: Path):
-    """And leaves nothing that the job, when it is started again, would go on with."""
+@pytest.mark.parametrize("resumed", [False, True])
+def test_sigusr1_before_the_first_step_queues_the_job_again(place: Path, resumed: bool):
+    """It leaves nothing that the job would go on with, or the checkpoint that it goes on from; twice is as once."""
     tool = place / "bin" / "scontrol"
     tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/asked"\n')
+    tool.write_text('#!/bin/sh\nkill -USR1 $PPID\nsleep .3\necho "$@" > "$(dirname "$0")/asked"\n')
     tool.chmod(0o755)
+    if resumed:
+        assert processes.run(place, COMMAND, ("send", STEP, 5, signal.SIGTERM))[0] == 143
     job = {"SLURM_JOB_ID": "71", "PATH": f"{tool.parent}:{os.environ['PATH']}"}
-    reading = "sat.data.base:SequenceDataModule.prepare_data"
-    status, output = processes.run(place, COMMAND, ("environment", job), ("send", reading, 1, signal.SIGUSR1))
+    reading = "sat.checkpoints:read_state" if resumed else "sat.data.base:SequenceDataModule.prepare_data"
+    arguments = RESUME if resumed else COMMAND
+    status, output = processes.run(place, arguments, ("environment", job), ("send", reading, 1, signal.SIGUSR1))
     assert status == 128 + signal.SIGUSR1, output
     assert "interrupted before the first step; nothing was begun" in output
+    assert "Traceback" not in output
     assert (tool.parent / "asked").read_text() == "requeue 71\n"
-    assert not (place / "runs").exists() or not list((place / "runs").iterdir())
+    if resumed:
+        assert saved_step(place) == 5
+    else:
+        assert not (place / "runs").exists() or not list((place / "runs").iterdir())
 
 
 def test_a_job_that_cannot_be_queued_again_says_so(place: Path):
