@@ -115,7 +115,7 @@ def test_no_run_begins_after_the_minutes(started, capsys):
     with pytest.raises(SystemExit, match="nothing has been measured yet"):
         measure(*SHORT, "--minutes", "0", "--jobs", "2")
     assert started == []
-    assert "0 minutes are over; the same command trains the 12 that are left" in capsys.readouterr().out
+    assert "0 minutes are over; the same command trains the 18 that are left" in capsys.readouterr().out
 
 
 def test_rows_have_ours_above_those_published(started):

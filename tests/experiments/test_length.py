@@ -98,6 +98,7 @@ def test_a_run_that_was_cut_off_goes_on(monkeypatch, tmp_path, capsys):
     )
     found = run(monkeypatch, tmp_path, "--parts", "training")
     assert [row["name"] for row in found["training"]] == ["one"]
+    assert found["complete"] == ["training"]  # not attention of all the usual lengths
     assert [case["length"] for case in found["attention"]] == [64, 192]
 
 
