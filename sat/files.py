@@ -34,6 +34,10 @@ LARGEST_CONTENT = 4
 DEEPEST_CONTENT = 40  # ours have 7 levels
 
 
+UMASK = os.umask(0o077)  # can only be asked for by setting it
+os.umask(UMASK)
+
+
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path beside ``path`` to write to; moved over it at the end, so that a crash never leaves half a file.
@@ -48,6 +52,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with suppress(OSError):  # safetensors lets nobody but its owner read a file; not every file system can
+            temporary.chmod(0o666 & ~UMASK)
         _put_on_disk(temporary)
         temporary.replace(path)
         with suppress(OSError):  # not every file system can

@@ -312,3 +312,10 @@ def test_a_structures_layouts_are_made_once_for_each_number_of_blocks():
     assert other.get(17, 2, cpu) is not first
     with pytest.raises(ValueError, match="layouts for 3 heads, but there are 2"):
         LayoutsByLength(Counting(3)).get(17, 2, cpu)
+
+
+def test_files_are_for_everybody_whom_new_files_are_for(tmp_path):
+    """safetensors' own are their owner's alone, which a group that shares its runs cannot read."""
+    (tmp_path / "plain").touch()
+    BlockLayout(torch.ones(2, 2, dtype=torch.bool), 8).save(tmp_path / "layout.safetensors")
+    assert (tmp_path / "layout.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
