@@ -117,6 +117,8 @@ class TestRuns:
         run("--config", mrpc)
         folder = run_folder("mrpc") / "model"
         assert not (folder.parent / "model.partial").exists()
+        modes = {file.stat().st_mode for file in (folder.parent / "summary.json", *folder.iterdir())}
+        assert len(modes) == 1  # whoever may read the summary may read the model
         final = last_checkpoint("mrpc")["state_dict"]
         again = transformers.AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sat")
         assert all(torch.equal(final[f"model.model.{name}"], weight) for name, weight in again.state_dict().items())
