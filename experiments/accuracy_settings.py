@@ -47,8 +47,8 @@ DEFAULT_TASKS = {
 
 # The Long Range Arena, of experiments.arena. Small: sizes at which a dense Transformer learns in minutes of one core.
 # Expressions and bytes at a quarter of the learning rate. At 2e-3 dense attention ends at .326 on ListOps after 2,000
-# steps, and on reviews at .55, below what a count of their bytes tells (.588); so at .344 and .586. With more steps it
-# learns the 10,000 reviews by heart.
+# steps, and on reviews at .55, below what counts of their bytes tell (.590, experiments.byte_counts); so at .344 and
+# .586. With more steps it learns the reviews by heart.
 ARENA = {
     "listops": Task(
         "lra_listops.yaml",
@@ -63,10 +63,9 @@ ARENA = {
     "pathfinder": Task("lra_pathfinder.yaml", None, {"data.image_size": 16, "data.num_samples": 40_000}, None, 4000),
 }
 # Small without Pathfinder, which nobody learns in minutes, so that there is nothing to compare: at 16 x 16 pixels dense
-# attention is at chance after 4,000 steps of 32, and so it is with easier pictures (contours of 2 paddles, which the
-# distance of the discs alone tells apart in .96), with gray in few levels, and with positions that begin as sines: a
-# handful of 256 pixels are discs, and the mean over all has to tell how these lie to each other. A small CNN leaves
-# chance after 500 steps; the published runs take 62,400 of 256 pictures.
+# attention is at chance after 4,000 steps of 32, and so it is with easier pictures, with gray in few levels, and with
+# positions that begin as sines: a handful of 256 pixels are discs, and the mean over all has to tell how these lie to
+# each other. A small CNN leaves chance after 500 steps; the published runs take 62,400 of 256 pictures.
 ARENA_TASKS = {"small": ["listops", "text", "image"], "paper": [*ARENA]}
 EVERY_TASK = TASKS | ARENA
 

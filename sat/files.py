@@ -34,8 +34,9 @@ LARGEST_CONTENT = 4
 DEEPEST_CONTENT = 40  # ours have 7 levels
 
 
-UMASK = os.umask(0o077)  # can only be asked for by setting it
-os.umask(UMASK)
+_umask = os.umask(0o077)  # can only be asked for by setting it
+os.umask(_umask)
+NEW_FILE = 0o666 & ~_umask  # the permissions of a new file; safetensors gives its files to nobody but their owner
 
 
 @contextmanager
@@ -52,8 +53,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with suppress(OSError):  # safetensors lets nobody but its owner read a file; not every file system can
-            temporary.chmod(0o666 & ~UMASK)
+        with suppress(OSError):  # not every file system can
+            temporary.chmod(NEW_FILE)
         _put_on_disk(temporary)
         temporary.replace(path)
         with suppress(OSError):  # not every file system can

@@ -24,7 +24,7 @@ from sat.attention import AdaptiveAttention
 from sat.baselines import StructureAttention
 from sat.callback import AdaptiveSparsity
 from sat.data import SequenceDataModule
-from sat.files import UMASK, disk_errors, reason, shortened, written_whole
+from sat.files import NEW_FILE, disk_errors, reason, shortened, written_whole
 from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import ClassificationModule
@@ -268,8 +268,8 @@ def save_model(
     with disk_errors():
         classifier.save(written, weights, data.class_names)
     data.save_processor(written)
-    for file in written.rglob("*.safetensors"):  # which safetensors lets nobody but its owner read
-        file.chmod(0o666 & ~UMASK)
+    for file in written.rglob("*.safetensors"):
+        file.chmod(NEW_FILE)
     if target.exists():
         target.replace(old)
     written.replace(target)

@@ -35,6 +35,12 @@ SECTIONS = (
         accuracy.arena,
     ),
     Section(
+        "Counts of bytes",
+        "What a text's bytes tell of its class without their order.",
+        {"byte_counts.json": "python -m experiments.byte_counts --data FOLDER"},
+        checks.byte_counts,
+    ),
+    Section(
         "Masks",
         "Rules that choose the blocks to keep, all else equal.",
         {"masks.json": "python -m experiments.masks"},

@@ -73,6 +73,20 @@ def notebooks(content: Content) -> Shown:
     return Shown([markdown(RUN_HEADER, [run_row(name, s) for name, s in runs.items()], left=(0, 1))], short)
 
 
+def byte_counts(content: Content) -> Shown:
+    """Accuracy of a regression on the counts of bytes."""
+    short = ["Where the tables above have no more than this on a task, our models have learned no order of its bytes."]
+    rows = [
+        [
+            each["task"],
+            str(each["bytes"]),
+            *(f"{each[part + '_accuracy']:.3f} ({each[part + '_samples']:,})" for part in ("train", "test")),
+        ]
+        for each in content["tasks"]
+    ]
+    return Shown([markdown(["task", "bytes", "training accuracy (samples)", "test accuracy (samples)"], rows)], short)
+
+
 def drawn(content: Content) -> Shown:
     """Samples a second, and the distractors that fit."""
     rows: list[list[str]] = []
