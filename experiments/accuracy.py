@@ -30,10 +30,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -52,6 +52,8 @@ from experiments.accuracy_settings import (
     settings,
 )
 from sat.data import DATASETS
+
+One = TypeVar("One")  # a run, of this experiment or of another
 
 
 class Data(NamedTuple):
@@ -195,8 +197,8 @@ def plan(args: argparse.Namespace) -> list[Run]:
 
 
 def finished(
-    runs: list[Run], work: Callable[[Run], dict[str, Any]], jobs: int, may_begin: Callable[[int], bool]
-) -> Iterator[tuple[Run, dict[str, Any] | RuntimeError, float]]:
+    runs: Sequence[One], work: Callable[[One], dict[str, Any]], jobs: int, may_begin: Callable[[int], bool]
+) -> Iterator[tuple[One, dict[str, Any] | RuntimeError, float]]:
     """Each run as it ends, with its summary or what it failed with, and the seconds it took.
 
     Args:
@@ -206,7 +208,7 @@ def finished(
         may_begin: asked before each, with the number of those that have not begun yet; after a no, none begins.
     """
 
-    def timed(run: Run) -> tuple[Run, dict[str, Any] | RuntimeError, float]:
+    def timed(run: One) -> tuple[One, dict[str, Any] | RuntimeError, float]:
         start = time.monotonic()
         try:
             result: dict[str, Any] | RuntimeError = work(run)
@@ -346,6 +348,8 @@ def _work(args: argparse.Namespace, console: Console) -> list[str]:
         raise ValueError(f"nothing has been measured yet ({file}); run it without --table")
     if args.steps is not None:
         runs = [run for run in runs if run["options"]["trainer.max_steps"] == args.steps]
+        if not runs:
+            raise ValueError(f"no run in {file} has {args.steps} steps; leave --steps or --table out")
     accuracy_show.show(runs, [*METHODS], args.out / "plots", name, console)
     return failures
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from sat.plots import FAINT, INK, KEPT, RULE
+from sat.plots import FAINT, INK, LINES, RULE
 from sat.plots.style import Drawing, density_text, heading, thousands, written
 
 if TYPE_CHECKING:
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 Run = dict[str, Any]
 Rows = dict[str, dict[str, list[Run]]]  # the runs of each method by task
+
+# In all pictures of experiments: a colour means the same in all.
+COLORS = {"sat": LINES[0], "dense": LINES[1], "other": FAINT}
+IN_COLORS = "blue = ours, orange = dense, grey = other references"
+# Rules that are others' though they run in our attention.
+PUBLISHED = ("sat-paper", "gram (paper)")
 
 # What is the method's own; all else must be the same for runs to be compared.
 OF_THE_METHOD = ("model.attention", "model.pruned", "sparsity.")
@@ -31,12 +37,14 @@ def comparable(runs: Sequence[Run], order: Sequence[str]) -> tuple[Rows, list[Ru
         order: the methods in the order to show them in; others follow.
 
     Returns:
-        The runs by task and method, and those that are left out because other settings or data went into them.
+        The runs by task and method, and those that are left out because other settings or data went into them, or
+        because they have no accuracy.
     """
     rows: Rows = {}
     chosen: set[int] = set()
-    for task in dict.fromkeys(run["task"] for run in runs):
-        of_task = [run for run in runs if run["task"] == task]
+    measured = [run for run in runs if is_share(run["summary"]["test_accuracy"]["final"])]
+    for task in dict.fromkeys(run["task"] for run in measured):
+        of_task = [run for run in measured if run["task"] == task]
         alike = [run for run in of_task if _shared(run) == _shared(of_task[-1])]
         found = {run["method"] for run in alike}
         rows[task] = {}
@@ -49,6 +57,16 @@ def comparable(runs: Sequence[Run], order: Sequence[str]) -> tuple[Rows, list[Ru
 
 def _shared(run: Run) -> dict[str, Any]:
     return {name: value for name, value in run["options"].items() if not name.startswith(OF_THE_METHOD)}
+
+
+def is_share(value: object) -> bool:
+    """Whether it is an accuracy: a number, and not NaN."""
+    return isinstance(value, int | float) and 0 <= value <= 1
+
+
+def is_ours(run: Run) -> bool:
+    """Whether it has learned its layouts, and not by the paper's rules."""
+    return run["summary"].get("attention") == "adaptive" and run["method"] not in PUBLISHED
 
 
 def accuracies(runs: Sequence[Run]) -> list[float]:
@@ -139,7 +157,8 @@ def show(runs: Sequence[Run], order: Sequence[str], folder: Path, name: str, con
     console.print("accuracy: final model, mean ± standard deviation; the others: medians; dense → sparse phase")
     if left_out:
         others = sorted({f"{run['task']}, {run['method']}" for run in left_out})
-        console.print(f"not counted, because of other settings or data: {len(left_out)} runs ({'; '.join(others)})")
+        why = "because of other settings or data, or without accuracy"
+        console.print(f"not counted, {why}: {len(left_out)} runs ({'; '.join(others)})")
     folder.mkdir(parents=True, exist_ok=True)
     for kind, figure in (("accuracy", plot_accuracy), ("cost", plot_cost)):
         figure(rows, folder / f"{name}_{kind}.png")
@@ -159,7 +178,7 @@ def plot_accuracy(rows: Rows, path: Path) -> None:
             axes.plot(mean, line, "o", color=color, markersize=6)
             axes.plot(found, [line] * len(found), "o", color="white", markersize=2.6, markeredgecolor=INK, mew=0.5)
         _dress(axes, task, methods, "test accuracy")
-    note = "blue: sparse, gray: dense; points and lines: mean and standard deviation over the seeds, the small rings"
+    note = f"{IN_COLORS}; in brackets the density; points and lines: mean and deviation over seeds, rings: each"
     heading(figure, "Accuracy by method", note)
     written(figure, path)
 
@@ -182,13 +201,13 @@ def plot_cost(rows: Rows, path: Path) -> None:
         for line, runs in enumerate(methods.values()):
             places[2][column].barh(line, seconds(runs), 0.62, color=_color(runs))
         _dress(places[2][column], task, methods, "whole training (s)")
-    note = "blue: sparse, light gray: the dense phase before it, dark gray: dense throughout; medians over the seeds"
+    note = f"{IN_COLORS}, light grey: the dense phase before a sparse one; medians over the seeds"
     heading(figure, "What a method costs", note)
     written(figure, path)
 
 
 def _color(runs: Sequence[Run]) -> str:
-    return KEPT if runs[0]["density"] < 1 else FAINT
+    return COLORS["sat" if is_ours(runs[0]) else "dense" if runs[0]["density"] == 1 else "other"]
 
 
 def _panels(rows: Rows, count: int) -> tuple[Drawing, list[list[Axes]]]:
@@ -205,7 +224,7 @@ def _panels(rows: Rows, count: int) -> tuple[Drawing, list[list[Axes]]]:
 
 
 def _dress(axes: Axes, task: str, methods: dict[str, list[Run]], label: str) -> None:
-    names = [f"{name} {density_text(statistics.mean(r['density'] for r in runs))}" for name, runs in methods.items()]
+    names = [f"{name} ({density_text(statistics.mean(r['density'] for r in runs))})" for name, runs in methods.items()]
     axes.set_yticks(range(len(methods)), names)
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.set_title(task, fontsize=9, color=INK, loc="left")

@@ -4,7 +4,7 @@
 
 What stands after ``--`` goes to ``python -m sat.train``, for both, but for ``--sparsity``, which dense training has
 not. Each run is kept in the results as it ends; the command given again goes on with those that are missing. Writes
-experiments/results/fine_tuning_CONFIG.json.
+fine_tuning_CONFIG.json.
 """
 
 from __future__ import annotations
@@ -15,29 +15,44 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments import record
+from experiments.accuracy import finished
 
 METHODS = ("dense", "adaptive")
 
 
-def train(config: str, method: str, seed: int, options: list[str]) -> dict[str, Any]:
-    """The summary of one run, in a process of its own: memory is then its own, too."""
+Wanted = tuple[str, int, tuple[str, ...]]  # method, seed, and options of sat.train
+
+
+def train(config: str, run: Wanted) -> dict[str, Any]:
+    """The summary of one run, in a process of its own: memory is then its own, too.
+
+    Raises:
+        RuntimeError: it failed.
+        KeyboardInterrupt: it was interrupted.
+    """
+    method, seed, options = run
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sat.train", "--config", config, "--output_dir", folder]
         command += ["--model.attention", method, "--seed", str(seed), *options]
-        subprocess.run(command, check=True)
+        status = subprocess.run(command, check=False).returncode
+        if status in (130, 143, -2, -15):  # by Ctrl-C or SIGTERM
+            raise KeyboardInterrupt
+        if status:
+            raise RuntimeError(f"{method}, seed {seed} failed with status {status}; its last lines say why")
         (summary,) = Path(folder).glob("*/*/summary.json")
         return json.loads(summary.read_text())
 
 
-def of_method(method: str, options: list[str]) -> list[str]:
+def of_method(method: str, options: Sequence[str]) -> tuple[str, ...]:
     """The options, each followed by its value, that mean something to a method."""
     pairs = zip(options[::2], options[1::2], strict=True)
-    return [x for pair in pairs if method == "adaptive" or not pair[0].startswith("--sparsity.") for x in pair]
+    return tuple(x for pair in pairs if method == "adaptive" or not pair[0].startswith("--sparsity.") for x in pair)
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -62,32 +77,71 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a config of a pretrained model, in configs/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs beside each other; times of steps are then no good")
     parser.add_argument("--name", help="in the file's name, instead of the config's")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
     parser.add_argument("options", nargs="*", help="options of sat.train, after --")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if len(args.options) % 2:
         parser.error("the options of sat.train come in pairs here: --name value")
-    shown = " ".join(["--config", args.config, "--", *args.options])
-    command = f"python -m experiments.fine_tuning {shown}"
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}, expected at least 1")
+    try:
+        failures = measure(args)
+    except KeyboardInterrupt:
+        raise SystemExit("experiments.fine_tuning: interrupted; the same command goes on from here") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"experiments.fine_tuning: {' '.join(str(error).split())}") from error
+    if failures:
+        raise SystemExit("\n".join([*failures, "experiments.fine_tuning: the same command tries these again"]))
+
+
+def measure(args: argparse.Namespace) -> list[str]:
+    """Train what is missing; each run is saved with the others as it ends. Gives a sentence for each that failed."""
     name = f"fine_tuning_{args.name or Path(args.config).stem}"
-    out = record.RESULTS / f"{name}.json"
-    runs: list[dict[str, Any]] = json.loads(out.read_text())["runs"] if out.is_file() else []
+    shown = ["--config", args.config, *(["--name", args.name] if args.name else [])]
+    shown += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
+    command = f"python -m experiments.fine_tuning {' '.join([*shown, '--', *args.options])}"
     wanted = [(method, seed, of_method(method, args.options)) for seed in args.seeds for method in METHODS]
-    done = [(run["method"], run["seed"], of_method(run["method"], run["options"])) for run in runs]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        begun = {pool.submit(train, args.config, *each): each for each in wanted if each not in done}
-        for future in as_completed(begun):
-            method, seed, options = begun[future]
-            result = {"method": method, "seed": seed, "options": options, "jobs": args.jobs}
-            runs.append({**result, "summary": future.result()})
-            record.save(name, command, {"runs": runs})
+    failures = []
+    out = args.out / f"{name}.json"
+    with record.alone(out):
+        runs = read_runs(out)
+        done = [(run["method"], run["seed"], of_method(run["method"], run["options"])) for run in runs]
+        missing = [each for each in dict.fromkeys(wanted) if each not in done]
+        work = partial(train, args.config)
+        for (method, seed, options), summary, seconds in finished(missing, work, args.jobs, lambda _: True):
+            if isinstance(summary, RuntimeError):
+                failures.append(str(summary))
+                continue
+            result = {"method": method, "seed": seed, "options": [*options], "jobs": args.jobs}
+            runs.append({**result, "commit": record.environment()["commit"], "summary": summary})
+            record.save(name, command, {"runs": runs}, args.out)
+            print(f"{method}, seed {seed}: {seconds:.0f} s")
     print(table(runs))
     print(f"written to {out}")
+    return failures
+
+
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """What has been measured so far.
+
+    Raises:
+        ValueError: the file is none of ours.
+    """
+    if not file.is_file():
+        return []
+    try:
+        runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
+        if not all({"method", "seed", "options", "summary"} <= run.keys() for run in runs):
+            raise ValueError("a run lacks its options")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} holds no results of this experiment ({error}); give another --out") from error
+    return runs
 
 
 if __name__ == "__main__":

@@ -40,7 +40,13 @@ from experiments.gpu_suite.case import number, text_table
 from sat import patterns
 from sat.ops import block_sparse_attention
 
-PARTS = ("attention", "layouts", "training")
+# The parts, and by what their figures are known.
+KNOWN_BY = {
+    "attention": ("length",),
+    "layouts": ("structure", "length", "block_size", "heads"),
+    "training": ("name",),
+}
+PARTS = tuple(KNOWN_BY)
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 FROM = 4096  # where the second fit begins
 LINEAR = 1.1  # the largest exponent that still passes for linear growth
@@ -214,22 +220,41 @@ def main() -> None:
         parser.error(
             f"--rounds and --threads are {args.rounds} and {args.threads}, expected at least 2 rounds and 1 thread"
         )
+    path = args.out / "length_cpu.json"
+    try:
+        with record.alone(path):
+            save(args, path)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def save(args: argparse.Namespace, path: Path) -> None:
+    """Measure and print what is asked for; each figure is written with the others when it is measured.
+
+    Raises:
+        ValueError: the file holds more, under other circumstances; a sentence.
+    """
     torch.set_num_threads(args.threads)
     shown = {"heads": SHAPE.heads, "head_dim": SHAPE.head_dim, "block_size": SHAPE.block_size, "dtype": "float32"}
     settings = {"shape": shown, "per_row": PER_ROW, "rounds": args.rounds}
     environment = record.environment("cpu")
-    path = args.out / "length_cpu.json"
     found = earlier(path, {**environment, **settings}, args.parts)
     work: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = []
-    for length in args.lengths:
+    for length in dict.fromkeys(args.lengths):
         work.append(("attention", {"length": length}, partial(attention, length, args.rounds, args.threads)))
     for each in itertools.product(STRUCTURES, LAYOUT_LENGTHS, LAYOUT_BLOCKS, LAYOUT_HEADS):
-        known = dict(zip(("structure", "length", "block_size", "heads"), each, strict=True))
+        known = dict(zip(KNOWN_BY["layouts"], each, strict=True))
         work.append(("layouts", known, partial(layout, *each)))
     for name in TRAINING:
         work.append(("training", {"name": name}, partial(training, name, args.threads)))
     everything = [(part, known) for part, known, _ in work]
     work = [each for each in work if each[0] in args.parts]
+    asked = [(part, *known.values()) for part, known, _ in work]
+
+    def there(content: dict[str, Any]) -> list[tuple[Any, ...]]:
+        return [(part, *(row[x] for x in KNOWN_BY[part])) for part in PARTS for row in content[part]]
+
+    record.lose_nothing(path, there, [*asked, *there(found)])
     command = " ".join(["python -m experiments.length", *sys.argv[1:]])
     for index, (part, known, measure) in enumerate(work, 1):
         name = f"{index}/{len(work)}: {part}, {', '.join(f'{what} {value}' for what, value in known.items())}"

@@ -496,10 +496,25 @@ def main() -> None:
         parser.error(str(error))
 
 
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """What has been measured so far; ends with a sentence if the file is none of ours."""
+    if not file.is_file():
+        return []
+    try:
+        runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
+        if not all({"task", "seed", "rule", "settings", "accuracy"} <= run.keys() for run in runs):
+            raise ValueError("a run lacks its settings")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(
+            f"experiments.masks: {file} holds no results of this experiment ({error}); give another --out"
+        ) from error
+    return runs
+
+
 def study(args: argparse.Namespace, out: Path) -> None:
     """Train what is missing, and show what there is."""
     settings = {task: {"steps": args.steps or TASKS[task][3], "density": args.density} for task in TASKS}
-    runs: list[dict[str, Any]] = json.loads(out.read_text())["runs"] if out.is_file() else []
+    runs = read_runs(out)
     console, lock = Console(), threading.Lock()
     done = {(r["task"], r["seed"], r["rule"]) for r in runs if r["settings"] == settings.get(r["task"])}
     groups = {
@@ -524,8 +539,11 @@ def study(args: argparse.Namespace, out: Path) -> None:
             assert worker.stderr is not None
             for line in worker.stdout:
                 with lock:
-                    runs.append({**json.loads(line), "settings": settings[key[0]]})
-                    record.save("masks", "python -m experiments.masks --data FOLDER", {"runs": runs}, args.out)
+                    commit = record.environment()["commit"]
+                    runs.append({**json.loads(line), "settings": settings[key[0]], "commit": commit})
+                    shown = "python -m experiments.masks --data FOLDER"
+                    shown += f" --jobs {args.jobs}" if args.jobs > 1 else ""
+                    record.save("masks", shown, {"threads": 1, "runs": runs}, args.out)  # of each run
                     here, run = sum(r["settings"] == settings.get(r["task"]) for r in runs) - len(done), runs[-1]
                     console.print(
                         f"{here}/{total}: {key[0]}, seed {key[1]}, {run['rule']}: {run['accuracy']:.4f} "

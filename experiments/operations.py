@@ -34,6 +34,7 @@ HEADS, HEAD_DIM = 2, 32
 MODES = ("forward", "backward")
 # In each operation, ours by this name; the others are what it is compared with.
 OURS = "sat"
+PARTS = "three operations"  # ours too, beside the fused one
 
 
 class Task(NamedTuple):
@@ -114,7 +115,7 @@ def ways(layout: BlockLayout, length: int, batch: int, device: str, backend: Bac
         },
         "attention": {
             OURS: Way(attend(fused=True), three, context),
-            "three operations": Way(attend(fused=False), three, context),
+            PARTS: Way(attend(fused=False), three, context),
             "explicit dense": Way(competitors.explicit, three, context),
             "fused dense": Way(F.scaled_dot_product_attention, three, context),
         },
@@ -175,6 +176,18 @@ def main() -> None:
     record.check_device(parser, args.device)
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}, expected at least 1")
+    name = f"operations_{record.device_slug(args.device)}"
+    path = args.out / f"{name}.json"
+    try:
+        record.lose_nothing(path, lambda content: [task["name"] for task in content["tasks"]], args.tasks)
+        with record.alone(path):
+            save(args, name)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def save(args: argparse.Namespace, name: str) -> None:
+    """Measure, print and write the tasks."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     chosen = [task for task in TASKS if task.name in args.tasks]
@@ -186,7 +199,6 @@ def main() -> None:
     print(text_table(title, HEADER, [row for task_found in measured for row in rows(task_found)]))
     shape = {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": str(DTYPE[args.device]).removeprefix("torch.")}
     figures = {"shape": shape, "rounds": args.rounds, "seed": SEED, "tasks": measured}
-    name = f"operations_{record.device_slug(args.device)}"
     command = " ".join(["python -m experiments.operations", *sys.argv[1:]])
     path = record.save(name, command, figures, args.out, device=args.device)
     print(f"written to {path}")

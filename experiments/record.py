@@ -10,7 +10,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,28 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+def lose_nothing(path: Path, there: Callable[[Any], Collection[Any]], wanted: Collection[Any]) -> None:
+    """Refuse to write a part of what a file holds over all of it.
+
+    Args:
+        path: of the results.
+        there: from a file's content to what it has measured.
+        wanted: what is to be measured.
+
+    Raises:
+        ValueError: the file has more; a sentence.
+    """
+    try:
+        lost = [each for each in there(json.loads(path.read_text())) if each not in wanted]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or none that anybody could use
+        return
+    if lost:
+        raise ValueError(
+            f"{path} has figures of {', '.join(map(str, lost))} too, which would be lost; measure these as well, or "
+            f"give another --out"
+        )
+
+
 def environment(device: str | None = None) -> dict[str, Any]:
     """Device, versions, commit and day.
 
@@ -54,7 +76,8 @@ def environment(device: str | None = None) -> dict[str, Any]:
     """
     cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    changes = _git("status", "--porcelain", "sat")
+    # But for the results themselves, which change as they are measured.
+    changes = _git("status", "--porcelain", "sat", "configs", "experiments", ":!experiments/results*")
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{cpu or platform.processor()}",
         "threads": torch.get_num_threads(),
@@ -79,9 +102,12 @@ def device_slug(device: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git says; nothing where there is no git, or no repository."""
+    """What git says of these experiments; nothing where there is no git, or no repository."""
+    root = Path(__file__).parents[1]
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        ).stdout.strip()
     except FileNotFoundError:
         return ""
 
@@ -129,7 +155,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     content = {"format": FORMAT, "command": command, **environment(device), **figures}
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         content = {"note": json.loads(path.read_text())["note"], **content}
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")

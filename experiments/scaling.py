@@ -162,20 +162,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder (default: experiments/results)")
     args = parser.parse_args()
     record.check_device(parser, args.device)
-    lengths, shape = args.lengths or LENGTHS[args.device], SHAPES[args.device]
+    lengths, shape = list(dict.fromkeys(args.lengths or LENGTHS[args.device])), SHAPES[args.device]
     if uneven := [length for length in lengths if length < 1 or length % shape.block_size]:
         parser.error(f"--lengths has {uneven[0]}, expected multiples of {shape.block_size}, the edge of a block")
     if wrong := [density for density in args.densities if not 0 < density <= 1]:
         parser.error(f"--densities has {wrong[0]}, expected shares of the blocks: above 0, at most 1")
     if args.rounds < 1 or args.threads < 1:
         parser.error(f"--rounds and --threads are {args.rounds} and {args.threads}, expected at least 1")
+    name = f"scaling_{record.device_slug(args.device)}"
+    path = args.out / f"{name}.json"
+    try:
+        record.lose_nothing(path, lambda content: [case["length"] for case in content["cases"]], lengths)
+        with record.alone(path):
+            save(args, name, lengths)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def save(args: argparse.Namespace, name: str, lengths: Sequence[int]) -> None:
+    """Measure and print the lengths; each is written with the others when it is measured."""
     torch.set_num_threads(args.threads)
+    shape = SHAPES[args.device]
     shown = {**dataclasses.asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")}
     del shown["length"]
     settings = {"shape": shown, "densities": args.densities, "rounds": args.rounds, "seed": SEED}
     environment = record.environment(args.device)
-    name = f"scaling_{record.device_slug(args.device)}"
-    cases = unfinished(args.out / f"{name}.json", {**environment, **settings}, lengths)
+    path = args.out / f"{name}.json"
+    cases = unfinished(path, {**environment, **settings}, lengths)
     command = " ".join(["python -m experiments.scaling", *sys.argv[1:]])
     for index, length in enumerate(lengths, 1):
         if any(case["length"] == length for case in cases):
@@ -183,7 +196,7 @@ def main() -> None:
             continue
         print(f"{index}/{len(lengths)}: length {length}", flush=True)
         cases.append(measure(length, args.densities, args.device, args.rounds))
-        path = record.save(name, command, {**settings, "cases": cases}, args.out, device=args.device)
+        record.save(name, command, {**settings, "cases": cases}, args.out, device=args.device)
     print(text_table(f"\nforward + backward on {environment['device']}", HEADER, [r for c in cases for r in cells(c)]))
     print("\nas fast as dense attention at a density of")
     for case in cases:

@@ -54,7 +54,7 @@ SECTIONS = (
     ),
     Section(
         "Fine-tuning",
-        "A pretrained model, fine-tuned densely and with SAT: the same steps and seeds.",
+        "A pretrained model, fine-tuned densely and with SAT, with the same steps.",
         {"fine_tuning_*.json": "python -m experiments.fine_tuning --config vit_cifar10.yaml"},
         accuracy.fine_tuning,
     ),

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.accuracy_show import comparable, most_frequent
+from experiments.accuracy_show import PUBLISHED, comparable, most_frequent
 from experiments.arena import rows as arena_rows
 from experiments.gpu_suite.case import number
 from experiments.results_page import pictures
@@ -33,7 +33,7 @@ class Grid:
             self.values.setdefault((method, str(run["task"])), []).append(float(metric(run)))
             attention = run.get("summary", {}).get("attention")
             own = attention == "adaptive" if attention is not None else method not in REFERENCES
-            if own and method not in self.ours:
+            if own and method not in PUBLISHED and method not in self.ours:
                 self.ours.append(method)
 
     def means(self, task: str) -> dict[str, float]:
@@ -103,7 +103,10 @@ def accuracy(content: Content) -> Shown:
     text += sampling_errors(runs)
     if left_out:
         count = len(left_out)
-        text.append(f"Left out: {count} runs with other settings, or on other data, than the newest of their task.")
+        text.append(
+            f"Left out: {count} runs with other settings, or on other data, than the newest of their task, or without "
+            f"an accuracy."
+        )
     rows, slower = costs(runs, grid.ours)
     header = ["task", "method", "blocks kept", "dense phase, step ms", "step ms", "peak MiB", "training s"]
     table = markdown(header, rows, left=(0, 1))
@@ -226,16 +229,33 @@ def fine_tuning(content: Content) -> Shown:
         times = [f"{statistics.median(values):.0f}" if values else "" for values in steps.values()]
         memory = [max(s["peak_memory_mib"].values()) for s in own]
         row = [method, *(mean([s[name]["final"] for s in own if name in s]) for name in metrics), *times]
-        rows.append([*row, f"{max(memory)}"])
+        rows.append([*row, f"{statistics.median(memory):.0f}"])
+    seeds = {m: {run["seed"] for run in runs if run["method"] == m} for m in ("dense", "adaptive")}
+    common = set.intersection(*seeds.values())
     for name in metrics:
-        final = {m: [r["summary"][name]["final"] for r in runs if r["method"] == m] for m in ("dense", "adaptive")}
-        if all(final.values()):
+        final = {
+            m: [r["summary"][name]["final"] for r in runs if r["method"] == m and r["seed"] in common] for m in seeds
+        }
+        if common:
             lost = statistics.mean(final["dense"]) - statistics.mean(final["adaptive"])
             if lost > 0:
                 short.append(f"{name.removeprefix('test_')}: SAT is {points(lost)} below dense attention.")
+    if len(common) < FEWEST_SEEDS:
+        short.append(f"Seeds that both were trained with: {', '.join(map(str, sorted(common))) or 'none'} only.")
+    peaks = {
+        m: statistics.median(max(r["summary"]["peak_memory_mib"].values()) for r in runs if r["method"] == m)
+        for m in seeds
+        if seeds[m]
+    }
+    if common and peaks["adaptive"] > peaks["dense"]:
+        more = peaks["adaptive"] / peaks["dense"] - 1
+        short.append(f"The whole training of SAT, with its dense phase, takes {more:.0%} more memory than a dense one.")
     speedups = [r["summary"]["sparse_step_speedup"] for r in runs if "sparse_step_speedup" in r["summary"]]
     if speedups and statistics.median(speedups) < 1:
         share = statistics.median(speedups)
         short.append(f"A sparse step takes longer than a dense one: {share:.2f} times as fast, median over the runs.")
     header = ["method", *(name.replace("_", " ") for name in metrics), "dense step ms", "sparse step ms", "peak MiB"]
-    return Shown([markdown(header, rows)], short)
+    text = [markdown(header, rows)]
+    if any((run.get("jobs") or 1) > 1 for run in runs):
+        text.append("Runs went on beside each other, on shared cores: no measure of how fast a method is.")
+    return Shown(text, short)

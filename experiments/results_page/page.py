@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments import record
+from sat.files import written_whole
 from sat.plots.style import written
 
 Content = dict[str, Any]
@@ -105,16 +106,18 @@ def compose(sections: Sequence[Section], results: Path, out: Path) -> tuple[int,
     if left:
         problems += [f"`{name}` is of no kind that this page knows." for name in left]
         page += ["## Other files", *(f"`{name}` is of no kind that this page knows." for name in left)]
-    (out / "RESULTS.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    with written_whole(out / "RESULTS.md") as temporary:
+        temporary.write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return shown, problems
 
 
 HEAD = """# What was measured
 
 Made by `python -m experiments.results_page` from the files in [results](results), each of which names the command, the
-device, the versions and the commit that it comes from. Nothing here is written by hand, least of all where we fall
-short: these sentences compare figures of the tables above them. Times are medians, ratios are medians of ratios within
-a round of one run, ± is the standard deviation over the seeds, whose number stands in brackets."""
+device, the versions and the commit that it comes from. Nothing here is written by hand but the last sentence of some
+sources, least of all where we fall short: these sentences compare figures of the tables above them. Times are medians;
+ratios are medians of ratios within a round of one run, those of whole runs are ratios of medians; ± is the standard
+deviation over the seeds, whose number stands in brackets."""
 
 
 def contents(sections: Sequence[Section]) -> str:
@@ -158,13 +161,20 @@ def file_shown(section: Section, path: Path, out: Path) -> list[str]:
 
 def provenance(name: str, content: Content) -> str:
     """Where the figures of a file come from."""
-    parts = [f"`{str(content['command']).replace('`', '')}`", plain(content.get("device", "device not recorded"))]
-    if "threads" in content:
-        parts.append(f"{content['threads']} thread{'s' if content['threads'] != 1 else ''}")
+    parts = [f"`{str(content['command']).replace('`', '')}`"]
+    runs = content["runs"] if isinstance(content.get("runs"), list) else []
+    # Runs are processes of their own, with threads of their own.
+    if own := unique(run.get("summary", {}).get("device") for run in runs):
+        parts.append(plain(" and ".join(own)).replace(" 1 threads", " 1 thread"))
+    else:
+        parts.append(plain(content.get("device", "device not recorded")))
+        if "threads" in content:
+            parts.append(f"{content['threads']} thread{'s' if content['threads'] != 1 else ''}")
     named = {key: content[key] for key in ("torch", "python", "cuda", "triton", "transformers") if key in content}
     versions = {**named, **content.get("versions", {})}
     parts += [f"{plain(key)} {plain(version)}" for key, version in versions.items()]
-    parts.append(f"commit {plain(content.get('commit') or 'not recorded')}")
+    commits = unique(run.get("commit") for run in runs) or [content.get("commit") or "not recorded"]
+    parts.append(f"commit{'s' if len(commits) > 1 else ''} {plain(', '.join(map(str, commits)))}")
     if "date" in content:
         parts.append(plain(content["date"]))
     if seeds := seeds_of(content):
@@ -172,6 +182,11 @@ def provenance(name: str, content: Content) -> str:
     text = f"*From [{name}](results/{name}): {', '.join(parts)}."
     note = plain(content.get("note", "")).rstrip(".")
     return f"{text} {note[0].upper()}{note[1:]}.*" if note else f"{text}*"
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    """Each of them once, without None, in their order."""
+    return list(dict.fromkeys(value for value in values if value is not None))
 
 
 def seeds_of(content: Content) -> list[int]:

@@ -13,8 +13,6 @@ from experiments.gpu_suite.case import number
 from experiments.results_page import pictures
 from experiments.results_page.page import Content, Shown, listed, markdown
 
-PARTS = "three operations"  # ours too, beside the fused one
-
 
 def operations(content: Content) -> Shown:
     """Each operation beside the dense one."""
@@ -28,7 +26,7 @@ def operations(content: Content) -> Shown:
                     what = f"{name}, {mode}, {task['name']}, against {other}"
                     if faster is None:
                         failed.append(f"{what}: {figures['times'][other]['error']}")
-                    elif other != PARTS:
+                    elif other != by_operation.PARTS:
                         leads.append((faster, what))
     slower = [f"{what} ({number(faster)} times as fast)" for faster, what in sorted(leads) if faster < 1]
     short = []

@@ -100,6 +100,12 @@ def test_a_run_that_was_cut_off_goes_on(monkeypatch, tmp_path, capsys):
     assert [row["name"] for row in found["training"]] == ["one"]
     assert found["complete"] == ["training"]  # not attention of all the usual lengths
     assert [case["length"] for case in found["attention"]] == [64, 192]
+    # Under other circumstances neither goes on nor writes over it.
+    before = (tmp_path / "length_cpu.json").read_text()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, "--lengths", "64", "--rounds", "3")
+    assert "has figures of ('attention', 192), ('training', 'one') too" in capsys.readouterr().err
+    assert (tmp_path / "length_cpu.json").read_text() == before
 
 
 def test_attention_is_measured_in_processes_of_their_own(monkeypatch):

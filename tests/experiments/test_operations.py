@@ -86,3 +86,17 @@ def test_bad_options_are_refused_with_a_sentence(monkeypatch, capsys, options, s
     with pytest.raises(SystemExit):
         operations.main()
     assert said in capsys.readouterr().err
+
+
+def test_some_tasks_are_not_written_over_all(monkeypatch, tmp_path, capsys):
+    other = operations.Task("other", 32, 16, 0.5, 3)
+    monkeypatch.setattr(operations, "TASKS", (TASK, other))
+    options = ["operations", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", options)
+    operations.main()
+    before = (tmp_path / "operations_cpu.json").read_text()
+    monkeypatch.setattr(sys, "argv", [*options, "--tasks", "tiny"])
+    with pytest.raises(SystemExit):
+        operations.main()
+    assert "has figures of other too, which would be lost" in capsys.readouterr().err
+    assert (tmp_path / "operations_cpu.json").read_text() == before

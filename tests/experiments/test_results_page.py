@@ -1,5 +1,6 @@
 # The page of results: made-up files whose figures are worked out by hand, damaged and missing files, and ours.
 import json
+import math
 import re
 from pathlib import Path
 
@@ -335,3 +336,51 @@ def test_what_somebody_has_noted_in_a_file_stays(tmp_path):
     record.save("one", "python -m it", {"runs": [1, 2]}, tmp_path)
     content = json.loads((tmp_path / "one.json").read_text())
     assert (content["note"], content["runs"]) == ("from a friend", [1, 2])
+
+
+def test_runs_name_the_threads_and_commits_that_they_had():
+    """Not those of the process that began them."""
+    runs = [
+        {"seed": 0, "commit": "a1", "summary": {"device": "a chip, 1 threads"}},
+        {"seed": 1, "commit": "b2", "summary": {"device": "a chip, 1 threads"}},
+    ]
+    text = provenance("x.json", {"command": "it", "device": "a chip", "threads": 2, "commit": "b2", "runs": runs})
+    assert "`it`, a chip, 1 thread, commits a1, b2, seeds 0, 1" in text
+
+
+def test_runs_without_an_accuracy_hide_no_others():
+    def run(method, seed, final):
+        summary = {"test_accuracy": {"final": final}, "attention": "adaptive" if method == "sat" else method}
+        summary |= {"training_seconds": 1.0, "median_step_ms": {"dense": 1.0}, "peak_memory_mib": {"process": 1}}
+        options = {"trainer.max_steps": 10}
+        return {"task": "t", "method": method, "seed": seed, "options": options, "density": 1.0, "summary": summary}
+
+    runs = [
+        run("sat", 0, 0.5),
+        run("sat", 1, 0.7),
+        run("dense", 0, None),
+        run("dense", 1, math.nan),
+        run("dense", 2, 0.1),
+    ]
+    shown = accuracy.accuracy({"command": "it", "runs": runs})
+    assert "| sat | 0.600 ± 0.141 (2) |" in shown.text[0]
+    assert "| dense | 0.100 (1) |" in shown.text[0]
+    assert any(text.startswith("Left out: 2 runs") for text in shown.text)
+
+
+def test_fine_tuning_compares_seeds_that_both_have():
+    def run(method, seed, final, memory):
+        summary = {"test_accuracy": {"final": final}, "median_step_ms": {"dense": 1.0}}
+        return {
+            "method": method,
+            "seed": seed,
+            "jobs": 2,
+            "summary": summary | {"peak_memory_mib": {"process": memory}},
+        }
+
+    runs = [run("dense", 0, 0.6, 100), run("adaptive", 0, 0.5, 110), run("adaptive", 1, 0.9, 110)]
+    shown = accuracy.fine_tuning({"runs": runs})
+    assert "accuracy: SAT is 10.0 points below dense attention." in shown.short
+    assert "Seeds that both were trained with: 0 only." in shown.short
+    assert any("takes 10% more memory" in sentence for sentence in shown.short)
+    assert "on shared cores" in shown.text[1]
