@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sat import ops
 from sat.layout import BlockLayout, check_is_layout
+from sat.ops import checks
 from sat.ops.autocast import as_autocast_does
 from sat.ops.moments import skewness
 
@@ -61,8 +62,10 @@ class AdaptiveAttention(nn.Module):
         blocks = -(-seq_len // block_size)
         self.register_buffer("layout_mask", torch.ones(num_heads, blocks, blocks, dtype=torch.bool))
         self.register_buffer("sparse", torch.zeros((), dtype=torch.bool))
-        # What the buffer ``sparse`` says, readable without waiting for the device, and the version that it was read of.
-        self._is_sparse, self._sparse_version = False, self.sparse._version
+        # What the buffer ``sparse`` says, readable without waiting for the device, and which buffer it was read of, in
+        # which version: another may stand in its place, after a move or in torch.func.functional_call.
+        self._is_sparse = False
+        self._sparse_read: tuple[Tensor, int] | None = (self.sparse, self.sparse._version)
         self._current: tuple[tuple, BlockLayout] | None = None
         self.observe_samples = 0
         self.observe_score_matrix = True  # whether statistics are to have it: [L, S] of each layer
@@ -73,11 +76,14 @@ class AdaptiveAttention(nn.Module):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether a layout has been given; what others have written to the buffer counts, such as an average's copy."""
+        """Whether a layout has been given; what others have written to the buffer counts, such as an average's copy.
+
+        A compiled module notices that once this has been read outside of it.
+        """
         if not (torch.compiler.is_compiling() or self.sparse.is_meta or self.sparse.is_inference()):
             version = self.sparse._version
-            if version != self._sparse_version:
-                self._is_sparse, self._sparse_version = bool(self.sparse), version
+            if self._sparse_read is None or self._sparse_read[0] is not self.sparse or self._sparse_read[1] != version:
+                self._is_sparse, self._sparse_read = bool(self.sparse), (self.sparse, version)
         return self._is_sparse
 
     @property
@@ -109,7 +115,11 @@ class AdaptiveAttention(nn.Module):
                 )
             self.layout_mask.copy_(layout.mask.expand_as(self.layout_mask))
         self.sparse.fill_(layout is not None)
-        self._is_sparse, self._sparse_version = layout is not None, self.sparse._version
+        self._is_sparse, self._sparse_read = layout is not None, (self.sparse, self.sparse._version)
+
+    def reset_parameters(self) -> None:
+        """Dense again; after ``to_empty``, for a module that was made on the device ``meta``."""
+        self.set_layout(None)
 
     def forward(
         self,
@@ -139,10 +149,16 @@ class AdaptiveAttention(nn.Module):
             ``[B, H, L, D]``.
 
         Raises:
-            ValueError: more heads or tokens than this module was made for.
+            ValueError: more heads or tokens than this module was made for, or shapes or devices that do not match.
+            TypeError: dtypes that do not, or a padding mask that is not of bools.
         """
-        _, heads, query_length, _ = query.shape
+        # Both phases and the statistics see one dtype, and refuse the same.
+        query, key, value = as_autocast_does(query, key, value)
+        checks.check_query_key(query, key, value)
+        batch, heads, query_length, _ = query.shape
         key_length = key.shape[2]
+        checks.check_padding("key_padding_mask", key_padding_mask, batch, key_length, query.device)
+        checks.check_padding("query_padding_mask", query_padding_mask, batch, query_length, query.device)
         sparse = self.is_sparse
         if attn_bias is not None and not sparse:
             raise ValueError("the dense phase takes no attn_bias: its statistics would not know of it")
@@ -153,8 +169,6 @@ class AdaptiveAttention(nn.Module):
             )
         if attn_bias is not None and self.block_gate is not None:
             raise ValueError("an attention with attn_bias cannot be watched: the sensitivity would not know of it")
-        # Both phases and the statistics see one dtype.
-        query, key, value = as_autocast_does(query, key, value)
         if self.observe_samples and not (sparse and self.block_gate is not None):
             self.observe(query, key, key_padding_mask, query_padding_mask, scale)
         dropout = dropout_p if dropout_p is not None else self.dropout if self.training else 0.0
@@ -217,7 +231,7 @@ class AdaptiveAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a copy is to derive from its own buffer does not travel.
-        return super().__getstate__() | {"_current": None, "block_gate": None}
+        return super().__getstate__() | {"_current": None, "_sparse_read": None, "block_gate": None}
 
     def observe(
         self,
@@ -298,10 +312,13 @@ class AdaptiveAttention(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._is_sparse, self._sparse_version = bool(self.sparse), self.sparse._version
+        self._sparse_read = None
+        _ = self.is_sparse  # read now, so that a compiled module knows
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        density = int(self.layout_mask.count_nonzero()) / self.layout_mask.numel()
-        phase = f"sparse, density {density:.3f}" if self.is_sparse else "dense"
+        phase = "dense"
+        if self.is_sparse:
+            density = int(self.layout_mask.count_nonzero()) / self.layout_mask.numel()
+            phase = f"sparse, density {density:.3f}"
         return f"num_heads={self.num_heads}, seq_len={self.seq_len}, block_size={self.block_size}, {phase}"

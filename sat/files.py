@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -50,7 +51,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the file cannot be written; a sentence that names it, with the system's ``errno``.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Others may be writing the same file: threads, or a process of the same number on another machine.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
         with suppress(OSError):  # not every file system can

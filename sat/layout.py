@@ -26,6 +26,7 @@ FORMAT = "sat.BlockLayout"
 FORMAT_VERSION = 2
 # Blocks of a head, kept or not, that a file may say there are: three million tokens in blocks of 64.
 LARGEST = 2**31
+MOST_KEPT = 2**31 - 1
 # Blocks of a mask whose kept ones are looked for at a time.
 CHUNK = 2**20
 
@@ -314,8 +315,9 @@ class BlockLayout:
             block_size, mask = whole_number(metadata, "block_size"), tensors.get("mask")
             if version > 1:
                 columns = whole_number(metadata, "columns")
-                indices = _check_indices(tensors.get("crow_indices"), tensors.get("col_indices"), columns)
-                return cls._of_indices(*indices, columns, block_size)
+                crow, col = _check_indices(tensors.get("crow_indices"), tensors.get("col_indices"), columns)
+                # Copies: the file may change while the layout is in use, and a mapped one would change with it.
+                return cls._of_indices(crow.clone(), col.clone(), columns, block_size)
             if mask is None or mask.dtype != torch.bool or mask.dim() != 3 or 0 in mask.shape:
                 raise DamagedFile("it holds no mask of bools, [heads, rows, columns]")
             return cls(mask, block_size)
@@ -375,7 +377,7 @@ class LayoutsByLength:
                 raise TypeError(
                     f"{type(self.structure).__name__}.layout must return a BlockLayout, got {type(layout).__name__}"
                 )
-            if layout.num_heads not in (1, num_heads):
+            if layout.num_heads != 1 and layout.num_heads != num_heads:
                 raise ValueError(
                     f"the structure has layouts for {layout.num_heads} heads, but there are {num_heads}; make it for "
                     f"{num_heads} heads, or for 1 that all share"
@@ -434,14 +436,25 @@ def _compress(mask: Tensor) -> tuple[Tensor, Tensor]:
         places = np.flatnonzero(part)
         found.append((places % columns).astype(np.int32))
         ends.append(ends[-1][-1] + np.searchsorted(places, np.arange(1, len(part) + 1) * columns))
+    _check_count(int(ends[-1][-1]))
     offsets = torch.from_numpy(np.concatenate(ends)).int().unfold(0, rows + 1, rows).contiguous()
     return offsets, torch.from_numpy(np.concatenate(found))
 
 
 def _repeated(offsets: Tensor, entries: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Offsets ``[1, R+1]`` and entries of one head for so many heads; those of more, for 1, as they are."""
+    _check_count(heads * len(entries))
     before = torch.arange(heads, dtype=torch.int32, device=offsets.device)[:, None] * len(entries)
     return offsets + before, entries.repeat(heads)
+
+
+def _check_count(blocks: int) -> None:
+    """Refuse more kept blocks than offsets of 32 bits can count."""
+    if blocks > MOST_KEPT:
+        raise ValueError(
+            f"the layout keeps {blocks:,} blocks, and at most {MOST_KEPT:,} can be counted; use larger blocks, a lower "
+            f"density, or one layout for all heads"
+        )
 
 
 def _offsets(entries: Tensor, heads: int, rows: int) -> Tensor:

@@ -333,3 +333,81 @@ def test_a_copy_on_the_meta_device_keeps_its_phase():
     attention = AdaptiveAttention(2, 40, 16)
     attention.set_layout(oracle.random_layout(2, 3, 3, 16))
     assert copy.deepcopy(attention).to("meta").is_sparse
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"key_padding_mask": torch.ones(3, 40)}, TypeError, "key_padding_mask must be a bool tensor"),
+        ({"key_padding_mask": torch.ones(3, 40, dtype=torch.int64)}, TypeError, "use mask.bool()"),
+        ({"key_padding_mask": torch.ones(1, 40) > 0}, ValueError, r"must have the shape \[3, 40\], got \[1, 40\]"),
+        ({"query_padding_mask": torch.ones(3, 39) > 0}, ValueError, r"query_padding_mask must have the shape"),
+        ({"key": torch.zeros(1, 2, 40, 8)}, ValueError, "query and key must agree in batch"),
+        ({"value": torch.zeros(3, 2, 40, 4)}, ValueError, "key and value must have one shape"),
+        ({"key": torch.zeros(3, 2, 30, 8)}, ValueError, "key and value must have one shape"),
+        ({"query": torch.zeros(2, 40, 8)}, ValueError, r"query must be \[batch, heads, length, head dimension\]"),
+        ({"value": torch.zeros(3, 2, 40, 8).half()}, TypeError, "convert them to one dtype"),
+    ],
+)
+def test_both_phases_refuse_the_same(sparse, change, error, message):
+    """What trains wrongly in the dense phase would otherwise come out at the switch only."""
+    attention = AdaptiveAttention(2, 40, 16)
+    attention.set_layout(oracle.random_layout(2, 3, 3, 16) if sparse else None)
+    with pytest.raises(error, match=message):
+        attention(**(dict(zip(("query", "key", "value"), qkv(), strict=True)) | change))
+
+
+def test_other_buffers_in_its_place_say_the_phase():
+    """Those of torch.func.functional_call, and of a move to another device, have versions of their own."""
+    attention, inputs = AdaptiveAttention(2, 40, 16), qkv()
+    layout = oracle.random_layout(2, 3, 3, 16)
+    sparse = AdaptiveAttention(2, 40, 16)
+    sparse.set_layout(layout)
+    for states in (sparse.state_dict(), {name: x.clone() for name, x in sparse.state_dict().items()}):
+        out = torch.func.functional_call(attention, states, tuple(inputs))
+        torch.testing.assert_close(out, oracle.attention(*inputs, layout))
+        assert not attention.is_sparse
+    attention.load_state_dict(AdaptiveAttention(2, 40, 16).state_dict())
+    attention._apply(lambda x: x.clone())
+    attention.sparse.copy_(sparse.sparse)
+    assert attention.is_sparse
+
+
+def test_a_compiled_one_notices_what_was_written_to_its_buffers_once_it_was_asked():
+    attention, inputs = AdaptiveAttention(2, 40, 16), qkv()
+    sparse = AdaptiveAttention(2, 40, 16)
+    sparse.set_layout(oracle.random_layout(2, 3, 3, 16))
+    compiled = torch.compile(attention, backend="aot_eager")
+    compiled(*inputs)
+    for name, buffer in attention.named_buffers():
+        buffer.copy_(sparse.get_buffer(name))
+    assert attention.is_sparse
+    torch.testing.assert_close(compiled(*inputs), sparse(*inputs))
+
+
+def test_made_on_the_meta_device_it_is_printed_and_reset():
+    with torch.device("meta"):
+        attention = AdaptiveAttention(2, 40, 16, dropout=0.1)
+    assert "dense" in repr(attention)
+    attention.load_state_dict(AdaptiveAttention(2, 40, 16).to("meta").state_dict())
+    attention.to_empty(device="cpu")
+    attention.layout_mask.random_()  # whatever was in the memory
+    attention.sparse.fill_(True)
+    attention.reset_parameters()
+    assert not attention.is_sparse
+    inputs = qkv()
+    expected = F.scaled_dot_product_attention(*inputs)
+    torch.testing.assert_close(attention(*inputs, dropout_p=1e-9), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_compiles_with_sizes_that_are_kept_open(sparse):
+    """Layouts have a head each."""
+    attention = AdaptiveAttention(2, 40, 16, is_causal=True)
+    attention.set_layout(oracle.random_layout(2, 3, 3, 16) if sparse else None)
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (40, 37):
+        inputs, padding = qkv(length), keep(length)
+        out = compiled(*inputs, key_padding_mask=padding)
+        torch.testing.assert_close(out, attention(*inputs, key_padding_mask=padding))

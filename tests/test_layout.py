@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from sat import layout as layouts
 from sat.layout import FORMAT_VERSION, BlockLayout, LayoutsByLength
 from sat.patterns import SlidingWindow
+from tests.ops import oracle
 
 
 def layout(*rows: str, size: int = 4) -> BlockLayout:
@@ -319,3 +321,24 @@ def test_files_are_for_everybody_whom_new_files_are_for(tmp_path):
     (tmp_path / "plain").touch()
     BlockLayout(torch.ones(2, 2, dtype=torch.bool), 8).save(tmp_path / "layout.safetensors")
     assert (tmp_path / "layout.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_loaded_layout_is_its_own_when_the_file_changes(tmp_path):
+    first, other = (oracle.random_layout(2, 6, 6, 16, density=density) for density in (0.3, 0.6))
+    path = tmp_path / "layout.safetensors"
+    first.save(path)
+    loaded = BlockLayout.load(path)
+    expected = loaded.mask.clone()
+    with path.open("r+b") as file:  # in place, as cp and rsync --inplace do
+        file.truncate(0)
+    assert torch.equal(loaded.mask, expected)
+    other.save(path)
+    assert loaded == first
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_more_blocks_than_can_be_counted_are_refused(monkeypatch, heads):
+    """At the true limit the mask alone has 2 GiB."""
+    monkeypatch.setattr(layouts, "MOST_KEPT", 9 * heads - 1)
+    with pytest.raises(ValueError, match=rf"keeps {9 * heads} blocks, and at most {9 * heads - 1} can be counted"):
+        BlockLayout(torch.ones(3, 3, dtype=torch.bool).expand(heads, 3, 3), 16)

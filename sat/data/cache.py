@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def cached(
             logger.warning("%s is damaged (%s); %s is prepared anew", file, error, name)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        probe = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        probe = file.with_name(f".{file.name}.{secrets.token_hex(6)}.tmp")
         probe.touch()  # before the work, not after it
         probe.unlink()
     except OSError as error:

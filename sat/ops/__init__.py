@@ -201,18 +201,23 @@ def sddmm(query: Tensor, key: Tensor, layout: BlockLayout, *, backend: Backend =
         ``[B, nnz, b, b]``, not scaled. Where the last block reaches past the end of the sequence, its entries are
         -inf: they are no positions, and a softmax gives them no weight.
     """
+    return _sddmm(query, key, layout, -torch.inf, backend)
+
+
+def _sddmm(query: Tensor, key: Tensor, layout: BlockLayout, fill: float, backend: Backend) -> Tensor:
+    """The same with other values than -inf past the end."""
     checks.check_query_key(query, key)
     checks.check_layout(layout, query, "query")
     checks.check_lengths(layout, query.shape[2], key.shape[2])
     chosen = _choose_backend(backend, query, layout.block_size, query.shape[3])
     checks.check_no_tangents(chosen, query, key)
     if chosen == "reference":
-        return reference.sddmm(query, key, layout)
+        return reference.sddmm(query, key, layout, fill)
     if chosen == "triton":
         if _is_interpreted():
             triton.warn_if_slow(len(query) * _total_blocks(layout, query) * layout.block_size**2)
-        return triton.sddmm(query, key, layout, -torch.inf)
-    return torch_operations.sddmm(query, key, layout.mask, _total_blocks(layout, query), layout.block_size, -torch.inf)
+        return triton.sddmm(query, key, layout, fill)
+    return torch_operations.sddmm(query, key, layout.mask, _total_blocks(layout, query), layout.block_size, fill)
 
 
 def sparse_softmax(
@@ -283,6 +288,8 @@ def sparse_softmax(
     checks.check_lengths(layout, query_length, key_length)
     chosen = _choose_backend(backend, scores, size)
     checks.check_no_tangents(chosen, scores, attn_bias, rpe)
+    if scale <= 0:  # what is no position, -inf from sddmm, stays so under any factor
+        scores, scale = torch.where(scores == -torch.inf, scores, scores * scale), 1.0
     key_padding_mask, attn_bias = masks.combine(
         scores,
         (batch, num_heads, query_length, key_length),
@@ -403,9 +410,7 @@ def matmul(
             raise ValueError("output_length is for the dense results of 'dsd' and 'dds'; that of 'sdd' is sparse")
         query = a.transpose(-1, -2) if trans_a else a
         key = b if trans_b else b.transpose(-1, -2)
-        scores = sddmm(query, key, layout, backend=backend)
-        partial = query.shape[2] % layout.block_size or key.shape[2] % layout.block_size
-        return scores.masked_fill(scores == -torch.inf, 0) if partial else scores
+        return _sddmm(query, key, layout, 0.0, backend)
     if mode == "dsd":
         dense = b.transpose(-1, -2) if trans_b else b
         return spmm(a, dense, layout, transpose=trans_a, output_length=output_length, backend=backend)

@@ -49,6 +49,18 @@ def check_no_tangents(backend: str, *tensors: Tensor | None) -> None:
         )
 
 
+def no_second_derivative(ctx: object, *grads: Tensor) -> None:
+    """The derivative of a backward pass: there is none.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "there are no second derivatives (double backward, create_graph=True, torch.func.hessian) of block-sparse "
+        "attention and its softmax; use backend='reference', which has them"
+    )
+
+
 def check_query_key(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
     """Query ``[B, H, L, D]`` and key (and value) ``[B, H, S, D]`` that go together."""
     tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
@@ -65,7 +77,8 @@ def check_query_key(query: Tensor, key: Tensor, value: Tensor | None = None) -> 
 def check_layout(layout: BlockLayout, x: Tensor, name: str) -> None:
     """A layout for the batch, heads and device of a tensor ``[B, H, ...]``."""
     check_is_layout("layout", layout)
-    if layout.num_heads not in (1, x.shape[1]):
+    # Not "in (1, ...)": a compiler that leaves the number of heads open finds a symbol in no tuple.
+    if layout.num_heads != 1 and layout.num_heads != x.shape[1]:
         raise ValueError(
             f"the layout has {layout.num_heads} heads but {name} has {x.shape[1]}; a layout is for as many heads or "
             f"for 1, which all heads share"
@@ -133,7 +146,7 @@ def check_broadcast(name: str, x: Tensor, shape: tuple[int, int, int, int], devi
     Not so where it requires a gradient: each position of an expanded tensor has one of its own.
     """
     if x.dim() > 4 or any(
-        have not in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+        have != 1 and have != want for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
     ):
         raise ValueError(f"{name} must be broadcastable to {list(shape)}, got {shape_text(x)}")
     if x.device != device:
@@ -185,7 +198,7 @@ def check_values(name: str, values: Tensor, layout: BlockLayout, num_heads: int 
     if num_heads is None:
         shared = layout.num_heads == 1 and layout.nnz > 0 and values.dim() == 4
         num_heads = values.shape[1] // layout.nnz if shared else layout.num_heads
-    if num_heads < 1 or layout.num_heads not in (1, num_heads):
+    if num_heads < 1 or (layout.num_heads != 1 and layout.num_heads != num_heads):
         raise ValueError(
             f"num_heads must be at least 1, and {layout.num_heads} where the layout has as many, got {num_heads}"
         )

@@ -108,9 +108,9 @@ def from_blocks(values: Tensor, layout: BlockLayout, num_heads: int, query_lengt
 
 
 @without_autocast
-def sddmm(query: Tensor, key: Tensor, layout: BlockLayout) -> Tensor:
+def sddmm(query: Tensor, key: Tensor, layout: BlockLayout, fill: float) -> Tensor:
     """Kept blocks of ``query @ key^T``, see :func:`sat.ops.sddmm`."""
-    return to_blocks(query @ key.transpose(2, 3), layout, fill=-torch.inf)
+    return to_blocks(query @ key.transpose(2, 3), layout, fill=fill)
 
 
 @without_autocast

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sat.ops.autocast import without_autocast
+from sat.ops.checks import no_second_derivative
 from sat.ops.workspace import Workspace
 
 # Scores computed at a time. On a CPU the chunk's operands should stay in the second and third level caches.
@@ -379,6 +380,9 @@ def _(
     bias_grad = constants[-1]
     d_bias = attn_bias.new_empty(attn_bias.shape) if bias_grad and attn_bias is not None else query.new_empty(0)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), d_bias
+
+
+block_attention_backward.register_autograd(no_second_derivative)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:

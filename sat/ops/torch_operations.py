@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
+from sat.ops.checks import no_second_derivative
 from sat.ops.moments import skewness_from_moments
 
 # Elements of a temporary that are computed at a time.
@@ -195,6 +196,9 @@ def sparse_softmax_backward(grad: Tensor, weights: Tensor, mask: Tensor, num_hea
 @sparse_softmax_backward.register_fake
 def _(grad: Tensor, weights: Tensor, mask: Tensor, num_heads: int) -> Tensor:
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+sparse_softmax_backward.register_autograd(no_second_derivative)
 
 
 def _softmax_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:

@@ -357,3 +357,43 @@ def test_bad_arguments(call, error, message):
     values = torch.randn(2, layout.nnz, 16, 16, dtype=torch.float64)
     with pytest.raises(error, match=message):
         call(values, torch.randn(2, 2, 48, 8, dtype=torch.float64), layout)
+
+
+@BACKENDS
+@pytest.mark.parametrize("scale", [0.0, -1.5])
+def test_what_is_no_position_has_no_weight_under_any_scale(backend, scale):
+    layout, query, key = make(2, 2, 37, 50, 16)
+    scores = ops.sddmm(query, key, layout, backend=backend)
+    weights = ops.sparse_softmax(scores, layout, scale=scale, backend=backend)
+    known = ops.sparse_softmax(scores, layout, scale=scale, query_length=37, key_length=50, backend=backend)
+    torch.testing.assert_close(weights, known)
+    assert weights.isfinite().all()
+    (weights * torch.randn_like(weights)).sum().backward()
+    assert query.grad.isfinite().all()
+
+
+@BACKENDS
+def test_an_overflow_stays_one_where_the_last_block_is_cut(backend):
+    """A loss scaler has to see it."""
+    query = torch.full((1, 1, 6, 64), 60.0, dtype=torch.float16)
+    layout = BlockLayout(torch.ones(1, 2, 2, dtype=torch.bool), 4)
+    product = ops.matmul(query, -query.mT, layout, "sdd", backend=backend)
+    assert product[0, 0].tolist() == [[-float("inf")] * 4] * 4
+    assert product[0, 3].tolist() == [[-float("inf")] * 2 + [0.0] * 2] * 2 + [[0.0] * 4] * 2
+
+
+@pytest.mark.parametrize("name", ["attention", "softmax"])
+def test_second_derivatives_are_refused_with_a_sentence(name):
+    layout, query, key = make(2, 2, 48, 48, 16)
+
+    def run(backend):
+        if name == "attention":
+            return ops.block_sparse_attention(query, key, key, layout, backend=backend)
+        return ops.sparse_softmax(ops.sddmm(query, key, layout, backend=backend), layout, backend=backend)
+
+    (first,) = torch.autograd.grad(run("torch").square().sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivatives .* use backend='reference'"):
+        first.square().sum().backward()
+    (first,) = torch.autograd.grad(run("reference").square().sum(), query, create_graph=True)
+    first.square().sum().backward()
+    assert query.grad.isfinite().all()

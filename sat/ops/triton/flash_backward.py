@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sat.ops.autocast import without_autocast
+from sat.ops.checks import no_second_derivative
 from sat.ops.triton.index import TileIndex
 from sat.ops.triton.launch import LOG2_E, launch, padded
 from sat.ops.triton.masking import (
@@ -508,3 +509,6 @@ def _(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_gradients(query, key, value, attn_bias, bias_grad)
+
+
+block_attention_backward.register_autograd(no_second_derivative)

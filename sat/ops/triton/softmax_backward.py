@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sat.ops.autocast import without_autocast
+from sat.ops.checks import no_second_derivative
 from sat.ops.triton.index import TileIndex
 from sat.ops.triton.launch import launch
 from sat.ops.triton.masking import bias_tiles, bias_user, count_users, ends, real_bytes, store_bias_gradient, tile_used
@@ -296,3 +297,6 @@ def _(
     bias_shape: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     return _empty_gradients(grad, bias_shape)
+
+
+block_softmax_backward.register_autograd(no_second_derivative)
