@@ -53,6 +53,11 @@ class AdaptiveSparsity(SparsityPhases, Callback):
         attentions = {name: each for name, each in modules if isinstance(each, AdaptiveAttention)}
         self.attach(type(module).__name__, attentions, rank=rank, world_size=world_size)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; outside of a training there is nothing that needs it."""
+        if self.controller is not None:
+            super().load_state_dict(state_dict)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the learning-rate factor act on every optimizer."""
         self._find(trainer, pl_module)

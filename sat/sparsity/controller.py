@@ -17,7 +17,7 @@ from sat.layout import BlockLayout
 from sat.sparsity.criterion import Criterion
 from sat.sparsity.events import Revision, Transition
 from sat.sparsity.layers import Layer, change_layouts, fit_fisher, or_nan
-from sat.sparsity.masks import FisherMask, MaskLearner, MaskName, make_mask
+from sat.sparsity.masks import FisherMask, MaskLearner, MaskName, make_mask, undisturbed
 from sat.sparsity.offsets import offset_scores
 from sat.sparsity.selection import add_blocks, check_selection, revise_blocks, select_blocks
 from sat.sparsity.selection import agreement as agreement_of
@@ -79,14 +79,15 @@ class SparsityController:
         keep_first_tokens: the blocks of the first so many tokens (CLS and other special tokens) are kept, as rows and
             as columns; 0 in the paper.
         causal: only blocks of the lower triangle.
-        share_budget: count the budget over all layers and heads together instead of for each layout.
+        share_budget: count the budget over all layers and heads together instead of for each layout. By offset, all
+            layers have the same scores, so that only revisions make a difference between them.
         by_offset: choose blocks by their offset from the diagonal, and for heads by turns on either side of it, see
             :func:`offset_scores`, from the scores of all layers that a choice is made for; instead of one by one, as
             revisions do.
         revise_interval: once all layers are sparse, swap blocks at the first observation that is so many steps after
             the switch or the revision before; see :func:`revise_blocks`. None: layouts stay as they are. Needs
             ``mask="fisher"``.
-        revise_share: at most this share of the kept blocks is swapped at a time.
+        revise_share: at most this share of the kept blocks is swapped at a time, or one block where that is less.
         start: begin sparsely with the blocks of a structure, see :func:`starting_blocks`; None: in a dense phase, which
             alone has a use for the settings from theta to max_dense_steps. Needs a density and ``revise_interval``.
         keep_scores: keep what the masks have learned after the switch, so that :meth:`add_blocks` can be called.
@@ -148,6 +149,7 @@ class SparsityController:
         self.revise_interval, self.revise_share = revise_interval, revise_share
         self.keep_scores = keep_scores or revise_interval is not None
         self._revised_at: int | None = None
+        self.observed_at: int | None = None  # the step of the latest observation in the dense phase that counted
         self.gave_up_at: int | None = None  # the step at which training went back to dense attention, for good
         check_settings(self)
         if start is not None:
@@ -285,8 +287,8 @@ class SparsityController:
         """
         if len(layouts) != self.num_layers:
             raise ValueError(f"there are layouts of {len(layouts)} layers to begin with, but {self.num_layers} layers")
-        for index, given in enumerate(layouts):
-            layout = given.shared()
+        wanted = [layout.shared() for layout in layouts]
+        for index, layout in enumerate(wanted):
             rows, columns = layout.shape
             if (rows, columns) != self.grid or layout.block_size != self.block_size:
                 raise ValueError(
@@ -299,16 +301,19 @@ class SparsityController:
                     f"the layout to begin with in layer {index} is one of {layout.num_heads} heads, but there "
                     f"{'are' if self.per_head else 'is'} {self._num_layouts} to a layer; {advice}"
                 )
-            layer = self._layers[index]
+        for layer, layout in zip(self._layers, wanted, strict=True):
             mask = layout.mask.to("cpu", copy=True).expand(self._num_layouts, -1, -1).contiguous()
             layer.layout, layer.transition_step = BlockLayout(mask, self.block_size), 0
             if not self.keep_scores:
                 layer.learner = None
 
+    @undisturbed()
     def observe(self, step: int, statistics: Mapping[int, AttentionStatistics]) -> list[Transition]:
         """Take in the statistics of all layers that are still dense.
 
-        A refused observation leaves the controller as it was.
+        A refused observation leaves the controller as it was, and so does one without a finite gradient other than 0
+        where ``mask="fisher"`` learns from gradients, as an overflow in float16 has: a warning says so, and
+        ``observed_at`` stays what it was.
 
         Args:
             step: optimizer steps already done.
@@ -331,14 +336,18 @@ class SparsityController:
         matrices = {index: self._checked(step, index, statistics[index]) for index in dense}
 
         if self.mask == "fisher":
-            fit_fisher(self._layers, step, {index: statistics[index].sensitivity for index in dense}, self._shape)
+            sensitivities = {index: statistics[index].sensitivity for index in dense}
+            if not fit_fisher(self._layers, step, sensitivities, self._shape):
+                return []  # nothing was observed: choices that stay the same for that reason have not settled
+        self.observed_at = step
         for index in dense:
             layer, observed = self._layers[index], statistics[index]
             layer.history.update(matrices[index], observed.skewness.item())
             if isinstance(layer.learner, MaskLearner):
                 layer.learner.fit(observed.pooled, self.lengths[1], self.mask_steps)
         pooled = {index: statistics[index].pooled.detach().cpu() for index in dense}
-        kept = self._compare_choices(pooled) if self.criterion.agreement is not None else {}
+        kept = self._choose_blocks(pooled) if self.criterion.agreement is not None else {}
+        self._compare_choices(kept)
         for index in dense:
             layer = self._layers[index]
             layer.verdict = self.criterion.judge(layer.history, layer.verdict.streak, layer.agreement)
@@ -357,19 +366,16 @@ class SparsityController:
             self._leave_dense(step, index, pooled[index], kept[index], forced=index not in ready) for index in leaving
         ]
 
-    def _compare_choices(self, pooled: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """What would be chosen now, and how far it agrees with earlier choices; nothing if no choice is possible."""
-        if any(self._layers[index].nothing_learned for index in pooled):
-            return {}
-        kept = self._choose_blocks(pooled)
+    def _compare_choices(self, kept: Mapping[int, Tensor]) -> None:
+        """How far what would be chosen now agrees with earlier choices."""
         fixed = {name: self._selection[name] for name in ("keep_diagonal", "keep_first", "causal")}
         for index, now in kept.items():
             layer = self._layers[index]
             if len(layer.choices) == self.criterion.agreement_lag:
                 layer.agreement = agreement_of(now, layer.choices.pop(0), **fixed)
             layer.choices.append(now)
-        return kept
 
+    @undisturbed()
     def revise(self, step: int, sensitivities: Mapping[int, Tensor | None]) -> list[Revision]:
         """Take in what the loss depends on in the sparse phase, and if it is time, swap blocks.
 
@@ -382,8 +388,14 @@ class SparsityController:
             The layers whose layouts change now; usually none.
 
         Raises:
-            ValueError: a layer is missing, or a shape does not fit.
+            ValueError: a layer is missing or still dense, a shape does not fit, or there is no ``revise_interval``.
         """
+        if self.revise_interval is None or not self.all_sparse:
+            state = "revise_interval is None" if self.revise_interval is None else f"{self.dense_layers} are dense"
+            raise ValueError(
+                f"there is nothing to revise at step {step}: {state}; set revise_interval, and revise once all layers "
+                f"are sparse"
+            )
         if sorted(sensitivities) != [*range(self.num_layers)]:
             raise ValueError(
                 f"a revision needs the sensitivities of all {self.num_layers} layers, got those of "
@@ -391,7 +403,6 @@ class SparsityController:
             )
         new = any(layer.nothing_learned for layer in self._layers)
         fit_fisher(self._layers, step, sensitivities, self._shape)
-        assert self.revise_interval is not None
         latest = self._revised_at
         if latest is None:
             latest = max(at for at in self.transition_steps if at is not None)
@@ -403,6 +414,7 @@ class SparsityController:
         settings = {name: self._selection[name] for name in _REVISED_BY} | {"share": self.revise_share}
         return change_layouts(self._layers, step, partial(revise_blocks, **settings), self.share_budget)
 
+    @undisturbed()
     def add_blocks(self, step: int) -> list[Revision]:
         """Keep twice as many blocks, the new ones by what the masks have learned, as long as that is less than half.
 
@@ -458,11 +470,6 @@ class SparsityController:
             layer = self._layers[index]
             if layer.learner is None:
                 return {index: self._spion_blocks(self._layers[index]) for index in pooled}
-            if layer.nothing_learned:
-                raise FloatingPointError(
-                    f"layer {index}: no observation had a finite gradient other than 0, so mask='fisher' cannot tell "
-                    f"blocks apart; look for a diverged loss, or use mask='direct'"
-                )
             scores.append(layer.learner.scores())
             mass = block_mass(each, self.block_size, *self.lengths)
             masses.append(mass if self.per_head else mass.mean(0, keepdim=True))

@@ -104,7 +104,7 @@ class Criterion:
         if agreement is None:
             return [f"the agreement is known once blocks have been chosen {self.agreement_lag + 1} times"]
         if agreement < self.agreement:
-            return [f"agreement {_apart(agreement, self.agreement)} < {self.agreement:.2f}"]
+            return [f"agreement {_apart(agreement, self.agreement)} < {_bound(self.agreement)}"]
         return []
 
     def _missing_thresholds(self, history: LayerHistory) -> list[str]:
@@ -113,12 +113,17 @@ class Criterion:
         mean = "smoothed " if self.smoothing > 0 else ""
         missing = []
         if self.theta is not None and history.skewness < self.theta:
-            missing.append(f"{mean}skewness {_apart(history.skewness, self.theta)} < {self.theta:.2f}")
+            missing.append(f"{mean}skewness {_apart(history.skewness, self.theta)} < {_bound(self.theta)}")
         if history.relative_change is None:
             missing.append(f"the change of the distance is known after 3 observations, so far {history.observations}")
         elif not history.relative_change < self.delta:
-            missing.append(f"{mean}distance still changes by {history.relative_change:.2f} % >= {self.delta:.2f} %")
+            missing.append(f"{mean}distance still changes by {history.relative_change:.2f} % >= {_bound(self.delta)} %")
         return missing
+
+
+def _bound(value: float) -> str:
+    """A bound as it was given, with two digits at least."""
+    return f"{value:.2f}" if float(f"{value:.2f}") == value else f"{value:g}"
 
 
 def _apart(value: float, bound: float) -> str:

@@ -117,7 +117,7 @@ def change_layouts(
 
 def fit_fisher(
     layers: Sequence[Layer], step: int, sensitivities: Mapping[int, Tensor | None], expected: list[int]
-) -> None:
+) -> bool:
     """Let the Fisher masks take in what a backward pass has left, as shares of the sum over the layers.
 
     Args:
@@ -125,6 +125,9 @@ def fit_fisher(
         step: optimizer steps already done, for messages.
         sensitivities: layer index -> ``[H, M, N]``, of those that were observed.
         expected: that shape.
+
+    Returns:
+        Whether there was something to take in; a warning says so if not.
 
     Raises:
         ValueError: one is missing, or has another shape.
@@ -142,11 +145,12 @@ def fit_fisher(
     if not 0 < total < math.inf:
         # Ordinary in float16, where the scaler of the loss leaves out a step whose gradients overflow.
         logger.warning("no gradient observed at step %d: the loss depends on the blocks by %g", step, total)
-        return
+        return False
     for index, sensitivity in found.items():
         learner = layers[index].learner
         assert isinstance(learner, FisherMask)
         learner.fit(sensitivity / total)
+    return True
 
 
 def or_nan(value: float | None) -> float:

@@ -37,7 +37,9 @@ class LearningRateFactor:
         self._hooks.clear()
 
     def _scale(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.applies():
+        # Once: an optimizer whose step calls its parent's may run its hooks for both, and what a step that failed left
+        # is not to be scaled again.
+        if self.applies() and optimizer not in self._unscaled:
             self._unscaled[optimizer] = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * self.factor

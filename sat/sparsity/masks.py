@@ -179,7 +179,7 @@ class MaskLearner:
             key_length: ``S``, in tokens.
             steps: number of gradient steps.
         """
-        with _undisturbed(), torch.enable_grad():
+        with undisturbed(), torch.enable_grad():
             target = pooled.detach().to("cpu", torch.float32, copy=True) * key_length
             if self.mask().shape[0] == 1:
                 target = target.mean(0, keepdim=True)
@@ -196,7 +196,7 @@ class MaskLearner:
 
     def scores(self) -> Tensor:
         """The mask's present scores ``[G, M, N]``, in units of uniform attention, without gradient."""
-        with _undisturbed(), torch.no_grad():
+        with undisturbed(), torch.no_grad():
             return self.mask().clone()
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class MaskLearner:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Compute in the same way wherever the caller stands: inside inference mode, CPU autocast or busy data loaders.
 
     One thread, because these products are tiny: two threads that wait for each other beside busy data loaders take

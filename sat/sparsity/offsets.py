@@ -67,13 +67,18 @@ def offset_scores(scores: Tensor, *, num_heads: int, causal: bool = False) -> Te
     # blocks cannot tell. And by how much those of the offset do: one that is worth a lot does not speak for the others.
     apart = (found - worth[place].view(rows, columns) * expected).square()
     sure = expected > 0
-    typical = (apart[sure] / expected[sure].square()).median() / MEDIAN_SQUARE if sure.any() else nothing.sum()
+    # Not the quotient of the squares: what is hardly expected, in rows that were seen long ago, has none.
+    typical = (apart[sure].sqrt() / expected[sure]).square().median() / MEDIAN_SQUARE if sure.any() else nothing.sum()
     error = torch.maximum(typical * along(expected.square()), along(apart)).sqrt() / weight
     effect = worth - 1
     worth = 1 + effect.sign() * (effect.abs() - STANDARD_ERRORS * error).clamp(min=0)
 
     near = worth[place].view(rows, columns) - 1e-6 * offset.abs() / (rows + columns)
-    by_offset = near - 1e-12 * _evenly(rows, scores.device)[:, None]
+    # The place along the diagonal decides between equal ones only, and does so however much these are worth: by a part
+    # of what separates them from the next lower ones, which 64 bits still tell apart.
+    levels, level = near.unique(return_inverse=True)
+    room = torch.minimum(levels.diff(prepend=levels[:1] - 1) / 2, 5e-7 * levels.abs().clamp(min=1))
+    by_offset = near - room[level] * _evenly(rows, scores.device)[:, None]
     if num_heads == 1 or causal:
         return by_offset.repeat(layouts, 1, 1)
     ahead, back = (by_offset - (1 + worth.abs().max()) * away for away in (offset < 0, offset > 0))

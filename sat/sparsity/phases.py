@@ -54,7 +54,7 @@ class SparsityPhases:
         quantile: of ``spion``, in place of a density: share of the blocks below the threshold, 0 to 1.
         per_head: one layout a head instead of one a layer.
         share_budget: count density or coverage over all layers and heads together, so that some keep more blocks than
-            others.
+            others; with by_offset from the first revision on, for until then all layers have the same scores.
         by_offset: choose blocks by their offset from the diagonal: by what those of one offset are worth in all layers
             together, beyond what their rows and columns are, instead of one by one; with per_head, heads look back and
             ahead by turns. For models trained from scratch: young attention tells no more.
@@ -80,7 +80,8 @@ class SparsityPhases:
         revise_interval: optimizer steps between revisions of the layouts once all layers are sparse, rounded up to
             whole intervals: the weakest kept blocks make place for missing ones that the loss depends on more; null:
             layouts stay. Needs mask fisher.
-        revise_share: of the kept blocks, at most this share is swapped at a time, above 0 to 1.
+        revise_share: of the kept blocks, at most this share is swapped at a time, above 0 to 1, or one block where
+            that is less.
         start: begin sparsely, without a dense phase, with blocks of a structure that make up the density: ``window``
             (near the diagonal), or ``bigbird`` (half of them near it, the first row and column, and random ones). All
             that is said of the dense phase has no effect then, and the learning rate keeps its full height. Needs
@@ -243,16 +244,13 @@ class SparsityPhases:
         self._rank, self._world_size = rank, world_size
         if self.controller is not None and [*map(id, attentions.values())] == [*map(id, self.attentions.values())]:
             return
-        self.attentions, self._steps = dict(attentions), 0
-        self._guard.reset()
-        self.transitions, self.revisions, self.history = [], [], []
-        if not self.attentions:
+        if not attentions:
             raise ValueError(
                 f"{type(self).__name__} found no sat.attention.AdaptiveAttention in {model}; build the model with it, "
                 f"or leave the callback out"
             )
         grids: dict[tuple[int, int, int, bool], str] = {}
-        for name, a in self.attentions.items():
+        for name, a in attentions.items():
             grids.setdefault((a.num_heads, a.seq_len, a.block_size, a.is_causal), name)
         if len(grids) > 1:
             raise ValueError(
@@ -261,13 +259,17 @@ class SparsityPhases:
             )
         (heads, length, block_size, causal), *_ = grids
         blocks = -(-length // block_size)
-        self.controller = self._make_controller(
-            len(self.attentions), heads, (blocks, blocks), block_size, (length, length), causal=causal
+        controller = self._make_controller(
+            len(attentions), heads, (blocks, blocks), block_size, (length, length), causal=causal
         )
-        self.began = self.start or ""
+        began: str = self.start or ""
         if self._given is not None:
-            layouts, self.began = self._given
-            self.controller.begin(layouts)
+            layouts, began = self._given
+            controller.begin(layouts)
+        # Nothing is refused from here on: what was refused is so the next time, too.
+        self.attentions, self.controller, self.began, self._steps = dict(attentions), controller, began, 0
+        self._guard.reset()
+        self.transitions, self.revisions, self.history = [], [], []
         for attention, layout in zip(self.attentions.values(), self.controller.layouts, strict=True):
             attention.observe_score_matrix = self.controller.needs_score_matrix
             if layout is not None:
@@ -394,6 +396,8 @@ class SparsityPhases:
             return self._revise(step, {index: part.values.get("sensitivity") for index, part in observed.items()})
         statistics = {index: part.statistics for index, part in observed.items()}
         transitions = self.controller.observe(step, statistics)
+        if self.controller.observed_at != step:
+            return None
         self.pooled = {t.layer: self._pooled(statistics[t.layer].pooled) for t in transitions}
         for transition in transitions:
             attentions[transition.layer].set_layout(transition.layout)
@@ -493,7 +497,7 @@ class SparsityPhases:
             "controller": self.controller.state_dict(),
             "transitions": [{**t._asdict(), "layout": t.layout.mask} for t in self.transitions],
             "revisions": [r._asdict() for r in self.revisions],
-            "history": self.history,
+            "history": list(self.history),
             "steps": self._steps,
             "began": self.began,
             "guard": self._guard.state_dict(),
@@ -503,10 +507,16 @@ class SparsityPhases:
         """Take over what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: it is of a newer version, or of a training with other settings.
+            ValueError: it is of a newer version, or of a training with other settings; or there is nothing yet that it
+                could be the state of.
         """
-        if self.controller is None or not state_dict:
+        if not state_dict:
             return
+        if self.controller is None:
+            raise ValueError(
+                f"load_state_dict of {type(self).__name__} comes before attach, which would begin anew; attach the "
+                f"model's attention first"
+            )
         if (version := state_dict.get("version", STATE_VERSION)) > STATE_VERSION:
             raise ValueError(
                 f"the saved state of {type(self).__name__} has version {version}, this version of SAT reads up to "

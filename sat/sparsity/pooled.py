@@ -29,7 +29,7 @@ class PooledAttention:
         step: optimizer steps done when it was observed.
 
     Raises:
-        ValueError: the number of blocks does not fit the lengths.
+        ValueError: there is no block, or the number of blocks does not fit the lengths.
     """
 
     pooled: Tensor
@@ -39,6 +39,11 @@ class PooledAttention:
     step: int
 
     def __post_init__(self) -> None:
+        if self.pooled.dim() != 3 or 0 in self.pooled.shape or self.block_size < 1:
+            raise ValueError(
+                f"pooled attention is [heads, rows, columns] in blocks of at least 1 token, got "
+                f"{list(self.pooled.shape)} in blocks of {self.block_size}"
+            )
         # Checks the shapes, and computes nothing: of no head.
         block_mass(self.pooled[:0], self.block_size, self.query_length, self.key_length)
 

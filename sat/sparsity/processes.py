@@ -108,7 +108,8 @@ def check_same_layouts(layouts: Mapping[str, BlockLayout | None], step: int) -> 
     every = _gathered({name: _digest(layout) for name, layout in layouts.items()})
     odd = [rank for rank, each in enumerate(every) if each != every[0]]
     if odd:
-        where = next(name for name in layouts if any(each.get(name) != every[0].get(name) for each in every))
+        names = dict.fromkeys(name for each in every for name in each)
+        where = next(name for name in names if any(each.get(name) != every[0].get(name) for each in every))
         ranks = f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}"
         raise LayoutsDiffer(
             f"the layout of {where} differs between processes at step {step}: {ranks} of {len(every)} "

@@ -101,7 +101,7 @@ def revise_blocks(
     Args:
         kept: bool ``[G, M, N]``, the layouts in use.
         scores: ``[G, M, N]``, larger = more important, of kept and missing blocks alike.
-        share: of the kept blocks, at most so many are swapped, 0 to 1.
+        share: of the kept blocks, at most so many are swapped, 0 to 1; where that is less than one block, one.
         keep_diagonal: as in :func:`select_blocks`, and what follows.
         min_blocks_per_row: least number of blocks in a row, as far as it has them.
         keep_first: block rows and block columns at the start.
@@ -135,7 +135,7 @@ def revise_blocks(
     budgets = 1 if share_budget else num_layouts
     scores, kept, required = (x.reshape(budgets, -1) for x in (scores, kept, required))
     may_go, may_come = kept & ~required, ~kept & allowed.expand(num_layouts, -1, -1).reshape(budgets, -1)
-    limit = (kept.sum(1, keepdim=True) * share).int()
+    limit = (kept.sum(1, keepdim=True) * share).int().clamp(min=1 if share else 0)
     # Infinite scores stand for what cannot be swapped, and never make a pair.
     most = int(limit.max())
     weakest = scores.masked_fill(~may_go, torch.inf).topk(most, largest=False).values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, get_args
 
+from sat.sparsity.masks import MaskName
 from sat.sparsity.start import StartName
 
 if TYPE_CHECKING:  # the type only: the controller calls these
@@ -12,10 +13,15 @@ if TYPE_CHECKING:  # the type only: the controller calls these
 
 # Tokens up to which the rule may compare score matrices [L, L]: of 256 MiB a layer.
 LONGEST_COMPARED = 8192
+# Blocks of which torch.quantile finds the threshold.
+MOST_TRACED = 2**24
 
 
 def check_settings(controller: SparsityController) -> None:
     """Refuse what is out of range or does not go together, with a sentence (ValueError)."""
+    masks = ("fisher", *get_args(MaskName), "spion")
+    if controller.mask not in masks:
+        raise ValueError(f"mask must be one of {', '.join(map(repr, masks))}, got {controller.mask!r}")
     at_least_one = {
         "num_layers": controller.num_layers,
         "num_heads": controller.num_heads,
@@ -72,6 +78,12 @@ def check_spion(controller: SparsityController, density: float | None, coverage:
         raise ValueError(
             f"mask='spion' keeps what lies above its quantile, so leave density and coverage away, got "
             f"density={density} and coverage={coverage}"
+        )
+    rows, columns = controller.grid
+    if rows != columns or rows * columns > MOST_TRACED:
+        raise ValueError(
+            f"mask='spion' follows the diagonals of at most {math.isqrt(MOST_TRACED):,} x {math.isqrt(MOST_TRACED):,} "
+            f"blocks, as many rows as columns, got {rows:,} x {columns:,}; use larger blocks, or another mask"
         )
     if controller.per_head:
         raise ValueError(

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from sat.layout import BlockLayout
 from sat.ops.types import AttentionStatistics
 from sat.sparsity import SparsityController, block_mass, revise_blocks, select_blocks
 from sat.sparsity.selection import agreement
@@ -190,8 +191,58 @@ def test_fisher_leaves_out_gradients_that_overflowed_and_says_so(caplog):
     found = torch.rand(2, 4, 4)
     made.observe(1, {0: sensitive(found), 1: sensitive(found * math.inf)})
     assert "no gradient observed at step 1: the loss depends on the blocks by inf" in caplog.text
-    with pytest.raises(FloatingPointError, match="layer 0: no observation had a finite gradient other than 0"):
-        made.observe(2, {0: sensitive(found * 0), 1: sensitive(found * 0)})
+    # At the bound, too: a head that begins at 0 has no gradient at its first step.
+    assert made.observe(2, {0: sensitive(found * 0), 1: sensitive(found * 0)}) == []
+    assert "step 2: the loss depends on the blocks by 0" in caplog.text
+    assert made.observed_at is None
+    assert math.isnan(made.latest[0]["skewness"])  # as if nothing had been observed
+    assert [t.step for t in made.observe(3, {0: sensitive(found), 1: sensitive(found)})] == [3, 3]
+    assert made.observed_at == 3
+
+
+@pytest.mark.parametrize("factor", [0.0, math.inf])
+def test_choices_that_stay_because_nothing_was_observed_have_not_settled(factor):
+    made = controller(mask="fisher", agreement=0.95, agreement_lag=1, density=0.5)
+    first, second = torch.rand(2, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    made.observe(1, {n: sensitive(first) for n in range(2)})
+    assert made.observe(2, {n: sensitive(second * factor) for n in range(2)}) == []
+    made.observe(3, {n: sensitive((1 - first) ** 8) for n in range(2)})
+    assert made.latest[0]["agreement"] < 0.95  # with the choice of step 1
+
+
+def test_revisions_that_cannot_be_are_refused_with_a_sentence():
+    found = {n: torch.rand(2, 4, 4) for n in range(2)}
+    with pytest.raises(ValueError, match="nothing to revise at step 5: revise_interval is None"):
+        controller(mask="fisher").revise(5, found)
+    with pytest.raises(ValueError, match=r"nothing to revise at step 5: \[0, 1\] are dense"):
+        controller(mask="fisher", revise_interval=1).revise(5, found)
+
+
+def test_layouts_to_begin_with_are_all_taken_or_none():
+    made = controller(mask="fisher")
+    fitting, other = (BlockLayout(torch.ones(n, n, dtype=torch.bool), 16) for n in (4, 3))
+    with pytest.raises(ValueError, match="the layout to begin with in layer 1"):
+        made.begin([BlockLayout(fitting.mask, made.block_size), BlockLayout(other.mask, made.block_size)])
+    assert made.layouts == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mask": "fischer"}, "mask must be one of 'fisher', 'gram', 'bilinear', 'direct', 'spion', got 'fischer'"),
+        (
+            {"mask": "spion", "quantile": 0.9, "density": None, "grid": (4, 5), "lengths": (8, 10)},
+            "as many rows as columns, got 4 x 5",
+        ),
+        (
+            {"mask": "spion", "quantile": 0.9, "density": None, "grid": (4200, 4200), "lengths": (8400, 8400)},
+            "at most 4,096 x 4,096 blocks",
+        ),
+    ],
+)
+def test_masks_that_there_are_not(settings, said):
+    with pytest.raises(ValueError, match=said):
+        controller(**settings)
 
 
 def test_fisher_needs_a_backward_pass():

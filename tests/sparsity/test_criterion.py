@@ -95,3 +95,8 @@ def test_patience_counts_observations_in_a_row():
 def test_values_out_of_range_are_refused(settings, name):
     with pytest.raises(ValueError, match=name):
         Criterion(**settings)
+
+
+def test_what_is_missing_can_be_told_from_the_bound():
+    assert "skewness 1.30 < 1.304" in Criterion(theta=1.304).judge(history_of([1.3] * 3, [1.0, 1.0])).missing
+    assert "agreement 0.99 < 0.995" in Criterion(agreement=0.995).judge(LayerHistory(), agreement=0.994).missing

@@ -176,3 +176,26 @@ def test_grids_that_are_not_square_have_their_diagonal_from_corner_to_corner():
         places = {(row, column) for row, column in layout.nonzero().tolist()}
         assert expected <= places
         assert len(places - expected) == 8 - len(expected)
+
+
+@pytest.mark.parametrize("size", [64, 2048])
+def test_blocks_of_one_offset_lie_evenly_however_much_it_is_worth(size):
+    """Half of all lies on one diagonal, of which not all blocks can be kept."""
+    scores = torch.ones(1, size, size)
+    scores.diagonal(3, dim1=1, dim2=2)[:] = size
+    found = offset_scores(scores, num_heads=1)[0].diagonal(3)
+    for kept in (size // 2, size // 5):
+        first = found.argsort(descending=True, stable=True)[:kept]  # of equal ones the first
+        chosen = torch.zeros(len(found)).index_fill_(0, first, 1.0)
+        quarters = torch.stack([part.mean() for part in chosen.tensor_split(4)])
+        torch.testing.assert_close(quarters, torch.full((4,), kept / len(found)), atol=0.07, rtol=0)
+
+
+def test_what_was_seen_long_ago_does_not_make_everything_undefined():
+    """The square of what is expected there is 0 in 64 bits."""
+    scores = popular(16, 16) * (1 + 0.5 * (away(16, 16).abs() == 3))
+    scores[-1] *= 1e-170
+    scores[:, -1] *= 1e-170
+    found = offset_scores(scores[None], num_heads=1)
+    assert found.isfinite().all()
+    assert found[0].diagonal(3)[0] > 1.3

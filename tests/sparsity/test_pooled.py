@@ -28,6 +28,17 @@ def test_mass_and_multiples_of_uniform_attention():
     assert even.mass()[0, 3, 3].item() == pytest.approx((2 / 50) ** 2)
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (0, 4, 4), (2, 0, 4)])
+def test_attention_of_no_blocks_is_refused(shape, tmp_path):
+    with pytest.raises(ValueError, match=r"pooled attention is \[heads, rows, columns\]"):
+        PooledAttention(torch.zeros(shape), 16, 50, 50, 0)
+    metadata = {"format": "sat.PooledAttention", "version": "1", "block_size": "16", "step": "3"}
+    metadata |= {"query_length": "50", "key_length": "50"}
+    save_file({"pooled": torch.zeros(shape)}, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(ValueError, match="cannot be read as pooled attention"):
+        PooledAttention.load(tmp_path / "a.safetensors")
+
+
 def test_other_files_are_refused_with_a_sentence(attention, tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(FileNotFoundError, match="no pooled attention"):

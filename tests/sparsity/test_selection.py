@@ -302,7 +302,7 @@ def test_revision_equals_one_swap_after_the_other(seed, size, layouts, share, di
                         fixed.add(j)
                 may_go += [(scores[g, i, j].item(), (g, i, j)) for j in row if j not in fixed]
         missing = [(-scores[g, i, j].item(), (g, i, j)) for g in group for i, j in (~kept[g]).nonzero().tolist()]
-        limit = int(torch.tensor(int(kept[list(group)].sum())) * share)
+        limit = max(int(torch.tensor(int(kept[list(group)].sum())) * share), 1 if share else 0)
         for (weak, old), (strong, new) in list(zip(sorted(may_go), sorted(missing), strict=False))[:limit]:
             if -strong > weak:
                 expected[old], expected[new] = False, True
