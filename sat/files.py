@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -223,3 +224,8 @@ def reason(error: BaseException) -> str:
 def shortened(text: str, length: int = 300) -> str:
     """The beginning of a text that a file may have made as long as it likes."""
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def readable(text: str) -> str:
+    """A text without what would steer a terminal, hide or turn round other letters, or cannot be written."""
+    return "".join("\ufffd" if category(c)[0] == "C" and c != "\n" else c for c in text)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from sat.files import DamagedFile, read_safetensors, read_state, shortened, whole_number
+from sat.files import DamagedFile, read_safetensors, read_state, readable, shortened, whole_number
 from sat.layout import BlockLayout
 from sat.module import CHECKPOINT_VERSION
 from sat.sparsity import PooledAttention
@@ -26,6 +25,8 @@ RUN_FILES = ("config.yaml", "summary.json", "checkpoints", "csv", "layouts", "at
 # What sat.integrations.transformers writes beside a model's weights.
 MODEL_LAYOUTS = "sat_layouts.safetensors"
 MODEL_FORMAT, MODEL_FORMAT_VERSION = "sat.transformers", 1
+# Beyond it, axes cannot compute their ends any more.
+LARGEST = 1e300
 # Numbers of a transition that are shown.
 TRANSITION = ("step", "captured_mass", "best_mass", "empty_rows", "skewness", "relative_change")
 # Of these, what is no longer so once layouts have been changed.
@@ -348,16 +349,25 @@ def _layout_files(folder: Path) -> list[Path]:
 def _read_layouts(first: Path, files: Sequence[Path]) -> Findings:
     """Files of layouts beside each other; those that cannot be read are noted."""
     found = Findings(first.resolve().name if first.is_dir() or len(files) == 1 else f"{len(files)} layouts", first)
+    by_file: list[tuple[Path, list[Layer]]] = []
     for path in files:
         try:
             layers = _read_layout(path)
         except (OSError, ValueError, TypeError) as error:
             found.notes.append(f"{path.name} is left out: {_line(error)}.")
             continue
-        if len({each.stem for each in files}) < len(files):  # files of one name, which lie in different folders
-            for layer in layers:
-                layer.name = f"{path.parent}: {layer.name}" if path.name == MODEL_LAYOUTS else str(path.with_suffix(""))
+        by_file.append((path, layers))
         found.layers += layers
+    if len({layer.name for layer in found.layers}) < len(found.layers):
+        # Files of one name, which lie in different folders, or of several models, whose layers have the same names.
+        alike = len({path.stem for path, _ in by_file}) < len(by_file)
+        for path, layers in by_file:
+            place = str(path.parent if alike and path.name == MODEL_LAYOUTS else path.with_suffix(""))
+            for layer in layers:
+                own = place if alike else path.stem
+                layer.name = f"{own}: {layer.name}" if len(layers) > 1 or path.name == MODEL_LAYOUTS else own
+    for layer in found.layers:  # names that a file may have made what it likes
+        layer.name = readable(layer.name)
     if not found.layers:
         raise ValueError(f"no layout could be read: {found.notes[0].rstrip('.')}")
     # Written by a run, or by a model; any other files may have nothing to do with each other.
@@ -402,12 +412,12 @@ def _mappings(value: Any) -> list[dict[Any, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, be it written out; None for everything else."""
+    """A finite number, be it written out; None for everything else, and for what is too large to be drawn."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < LARGEST else None
 
 
 def _line(error: BaseException) -> str:

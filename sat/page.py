@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape as unmarked
 from rich.table import Table
 
-from sat.files import written_whole
+from sat.files import readable, written_whole
 from sat.plots import FAINT, INK, KEPT, PRUNED, RULE
 
 # Pixels an inch of an embedded picture; twice as many as it is shown with, for sharp screens.
@@ -75,12 +75,26 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
 
 
+def _readable(section: Section) -> Section:
+    return replace(
+        section,
+        heading=readable(section.heading),
+        outcome=readable(section.outcome),
+        paragraphs=[readable(text) for text in section.paragraphs],
+        notes=[readable(text) for text in section.notes],
+        header=tuple(readable(text) for text in section.header),
+        rows=[tuple(readable(cell) for cell in row) for row in section.rows],
+        pictures=[Picture(p.figure, readable(p.caption), readable(p.shows)) for p in section.pictures],
+    )
+
+
 def write_page(path: Path, title: str, sections: Sequence[Section], footer: str) -> None:
     """Write the page: no script, nothing that is loaded from elsewhere, readable without styles.
 
     Raises:
         OSError: it cannot be written; an existing file stays as it was.
     """
+    title, footer, sections = readable(title), readable(footer), [_readable(section) for section in sections]
     links = "".join(f'<a href="#{_id(s)}">{escape(s.heading)}</a> ' for s in sections if s.heading)
     parts = [
         "<!DOCTYPE html>",
@@ -108,7 +122,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], footer: str)
 
 def print_sections(console: Console, sections: Sequence[Section]) -> None:
     """Notes and tables on a terminal."""
-    for section in sections:
+    for section in map(_readable, sections):
         for note in section.notes:
             console.print(f"[yellow]{unmarked(note)}[/yellow]", highlight=False, soft_wrap=True)
         if section.outcome:
@@ -142,8 +156,14 @@ def _html(section: Section) -> list[str]:
         parts.append("</tbody></table></div>")
     for picture in section.pictures:
         width = round(picture.figure.get_figwidth() * 96)
+        try:
+            data = _data(picture.figure)
+        except (ValueError, TypeError, ArithmeticError) as error:  # of numbers that no axis can show
+            why = escape(readable(" ".join(str(error).split()) or type(error).__name__))
+            parts.append(f'<p class="note">Not drawn ({why}): {escape(picture.caption)}</p>')
+            continue
         parts.append(
-            f'<figure><img src="{_data(picture.figure)}" width="{width}" alt="{escape(picture.shows)}">'
+            f'<figure><img src="{data}" width="{width}" alt="{escape(picture.shows)}">'
             f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
         )
     return [*parts, "</section>"]

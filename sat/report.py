@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
+from sat.files import readable
 from sat.findings import Findings, read
 from sat.page import print_sections, write_page
 from sat.sections import sections_of
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> Path:
     print_sections(Console(), sections)
     if trouble:
         _fail(trouble)
-    print(f"page: {out}")
+    print(f"page: {readable(str(out))}")
     return out
 
 
@@ -98,7 +99,7 @@ def _footer(found: Findings) -> str:
 
 
 def _fail(sentence: str, status: int = 2) -> NoReturn:
-    print(f"sat.report: {sentence}", file=sys.stderr)
+    print(f"sat.report: {readable(sentence)}", file=sys.stderr)
     raise SystemExit(status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sat.connectivity import Reach, reach
@@ -17,8 +18,22 @@ MOST_MAPS = 12
 
 def sections_of(found: Findings) -> list[Section]:
     """All that there is to say of what was found, in the order in which to read it."""
-    sections = [_overview(found), *_layers(found), _statistics(found), _training(found), _connectivity(found)]
-    return [section for section in sections if section is not None]
+    sections = [_overview(found)]  # whose notes those below add to
+    parts: dict[str, Callable[[Findings], Section | list[Section] | None]] = {
+        "Layers": _layers,
+        "When to switch": _statistics,
+        "Training": _training,
+        "Connectivity": _connectivity,
+    }
+    for name, make in parts.items():
+        try:
+            made = make(found)
+        except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # of values that nothing of ours writes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            found.notes.append(f"“{name}” is left out: it holds what cannot be shown ({reason}).")
+            continue
+        sections += made if isinstance(made, list) else [made] if made is not None else []
+    return sections
 
 
 def _overview(found: Findings) -> Section:
@@ -114,10 +129,15 @@ def _in_short(found: Findings) -> str:
     if revised:
         often = "once" if len(revised) == 1 else f"{len(revised)} times"
         sentence += f" Layouts were changed {often} after that, last at step {revised[-1]:,}."
-    gave_up = found.summary.get("gave_up")
-    if isinstance(gave_up, int):
+    if (gave_up := _gave_up(found)) is not None:
         sentence += f" At step {gave_up:,} it went back to dense attention, because the validation loss stayed worse."
     return sentence.strip()
+
+
+def _gave_up(found: Findings) -> int | None:
+    """The step at which training went back to dense attention, if it did."""
+    step = found.summary.get("gave_up")
+    return step if isinstance(step, int) and 0 <= step < 2**53 else None
 
 
 def _learns(found: Findings) -> bool:
@@ -278,13 +298,15 @@ def _statistics(found: Findings) -> Section | None:
         ]
 
     switches = [found.layers[index].switch_step for index in range(count)]
+    # Recorded where it was the rule, whatever has become of the config.
+    agreed = any("agreement" in layer for layers in found.history.values() for layer in layers)
     figure = plot_statistics(
         steps,
         values("skewness"),
         values("relative_change"),
         theta=found.theta,
         delta=found.delta,
-        agreement=values("agreement") if found.agreement is not None else None,
+        agreement=values("agreement") if found.agreement is not None or agreed else None,
         least_agreement=found.agreement,
         switch_steps=switches,
         names=[found.layers[index].name for index in range(count)],
@@ -297,7 +319,7 @@ def _statistics(found: Findings) -> Section | None:
     section.paragraphs = [
         "Skewness tells how unevenly attention is spread: it rises as a pattern forms."
         + (CHANGE if measured else "")
-        + (AGREEMENT if found.agreement is not None else "")
+        + (AGREEMENT if found.agreement is not None or agreed else "")
         + rule
     ]
     if not any(step is not None for step in switches) and any(layer.layout is not None for layer in found.layers):
@@ -311,11 +333,10 @@ def _training(found: Findings) -> Section | None:
     """Loss, accuracy and step time, if there are any."""
     if not found.curves:
         return None
-    gave_up = found.summary.get("gave_up")
     figure = plot_training(
         found.curves,
         switch_steps=[layer.switch_step for layer in found.layers],
-        gave_up=gave_up if isinstance(gave_up, int) else None,
+        gave_up=_gave_up(found),
     )
     section = Section("Training")
     if "train/step_ms" not in found.curves:

@@ -445,3 +445,55 @@ def test_help(capsys):
     printed = capsys.readouterr().out
     for text in ("checkpoint", "layout files", "--out FILE", "python -m sat.report runs/"):
         assert text in printed
+
+
+@pytest.mark.parametrize("name", ["a$x_{$b", "run$1 vs $2", "\x1b[31mred\x1b]0;title\x07", "x\u202eyz"])
+def test_whatever_a_layer_is_called_is_shown_as_text(name, tmp_path, capsys):
+    """No formula for Matplotlib, nothing that steers the terminal or turns letters round."""
+    metadata = {"format": "sat.transformers", "version": "1", "block_size": "16", "sparse": json.dumps([name])}
+    mask = torch.eye(4, dtype=torch.bool)[None].repeat(2, 1, 1)
+    mask[1, 3, 0] = True
+    save_file({name: mask}, tmp_path / "sat_layouts.safetensors", metadata)
+    page, printed = made(capsys, tmp_path / "sat_layouts.safetensors")
+    shown = "".join("\ufffd" if c in "\x1b\x07\u202e" else c for c in name)
+    assert shown in page.words
+    assert shown in printed
+    assert page.pictures
+
+
+def test_what_cannot_be_written_or_drawn_is_said_and_the_rest_is_shown(run, capsys):
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "device": "x\udfff", "gave_up": 10**400}))
+    (metrics,) = run.glob("csv/version_*/metrics.csv")
+    page, printed = made(capsys, run)
+    assert "x\ufffd" in printed
+    assert "Layers" in page.words
+    (run / "summary.json").write_text(json.dumps(summary))
+    lines = metrics.read_text().splitlines()
+    loss = lines[0].split(",").index("train/loss")
+    names = lines[0].split(",")
+    lines.append(",".join("1.7e308" if i == loss else "25" if name == "step" else "" for i, name in enumerate(names)))
+    metrics.write_text("\n".join(lines))
+    page, printed = made(capsys, run)
+    assert "Layers" in page.words
+    assert len(page.pictures) >= 3
+
+
+def test_layers_of_two_models_are_told_apart(tmp_path, capsys):
+    masks = {f"layer.{i}.attention": torch.rand(1, 4, 4) < 0.5 for i in range(2)}
+    for name in ("before", "after"):
+        metadata = {"format": "sat.transformers", "version": "1", "block_size": "16", "sparse": json.dumps([*masks])}
+        save_file(masks, tmp_path / f"{name}.safetensors", metadata)
+    page, printed = made(capsys, tmp_path / "before.safetensors", tmp_path / "after.safetensors")
+    for name in ("before", "after"):
+        for layer in masks:
+            assert f"{name}: {layer}" in page.words
+    assert "4 layouts keep" in printed
+
+
+def test_agreement_that_was_recorded_is_shown_without_a_config(run, capsys):
+    (run / "config.yaml").unlink()
+    (metrics,) = run.glob("csv/version_*/metrics.csv")
+    metrics.write_text(metrics.read_text().replace("relative_change", "agreement"))
+    page, _ = made(capsys, run)
+    assert "The rule here was the agreement" in page.words

@@ -17,7 +17,7 @@ from experiments import scaling as over_length
 from experiments.accuracy_show import COLORS as OF_METHODS
 from experiments.accuracy_show import IN_COLORS
 from sat.plots import FAINT, INK, LINES, RULE
-from sat.plots.style import heading, thousands
+from sat.plots.style import Drawing, heading, thousands
 
 COLORS = {**OF_METHODS, "fused dense": LINES[1], "explicit dense": LINES[3]}
 LITTLE: dict[str, Any] = {"fontsize": 8, "color": INK}
@@ -41,7 +41,7 @@ def grid(
 ) -> Figure:
     """Every run as a small dot and the mean of its method as a large one; a panel for each task."""
     height = 1.3 + 0.24 * len(methods)
-    figure = Figure(figsize=(1.9 + 2.0 * len(tasks), height), facecolor="white")
+    figure = Drawing(figsize=(1.9 + 2.0 * len(tasks), height), facecolor="white")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     width = figure.get_figwidth()
     figure.subplots_adjust(left=1.75 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.75 / height)
@@ -68,7 +68,7 @@ def operations(tasks: Sequence[Mapping[str, Any]]) -> Figure:
         (name, other) for name, modes in tasks[0]["operations"].items() for other in modes["forward"]["faster_than"]
     ]
     height = 1.5 + 0.34 * len(rows)
-    figure = Figure(figsize=(9.2, height), facecolor="white")
+    figure = Drawing(figsize=(9.2, height), facecolor="white")
     panels = figure.subplots(1, 2, sharey=True, sharex=True)
     figure.subplots_adjust(left=0.22, right=0.84, bottom=0.55 / height, top=1 - 0.8 / height, wspace=0.08)
     for axes, mode in zip(panels, by_operation.MODES, strict=True):
@@ -105,7 +105,7 @@ def operations(tasks: Sequence[Mapping[str, Any]]) -> Figure:
 
 def scaling(cases: Sequence[Mapping[str, Any]]) -> Figure:
     """Time, memory, and the density at which fused dense attention is as fast, over the length."""
-    figure = Figure(figsize=(11, 4.4), facecolor="white")
+    figure = Drawing(figsize=(11, 4.4), facecolor="white")
     panels = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.055, right=0.985, bottom=0.12, top=0.8, wspace=0.55)
     measures = {
@@ -159,7 +159,7 @@ def scaling(cases: Sequence[Mapping[str, Any]]) -> Figure:
 
 def length(cases: Sequence[Mapping[str, Any]]) -> Figure:
     """Time and memory over the length, both logarithmic: a straight line is a power of it."""
-    figure = Figure(figsize=(8.4, 3.6), facecolor="white")
+    figure = Drawing(figsize=(8.4, 3.6), facecolor="white")
     figure.subplots_adjust(left=0.08, right=0.87, bottom=0.14, top=0.78, wspace=0.6)
     lengths = [case["length"] for case in cases]
     measures = {"ms": "forward + backward (ms)", "peak_mib": "memory beyond the inputs (MiB)"}

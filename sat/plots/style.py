@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from sat.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backend_bases import RendererBase
 
 INK = "#222222"
 FAINT = "#767676"
@@ -40,7 +42,14 @@ LEAST_ATTENTION = 0.1
 
 
 class Drawing(Figure):
-    """A figure that shows itself in a notebook, also where nobody has imported pyplot."""
+    """A figure that shows itself in a notebook, also where nobody has imported pyplot; a dollar in it is a dollar."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Names may hold whatever a file says: only what Matplotlib writes itself, powers of ten, is mathematics."""
+        for text in self.findobj(Text):
+            if "$" in text.get_text() and not text.get_text().startswith("$\\mathdefault"):
+                text.set_parse_math(False)
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
