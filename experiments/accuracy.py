@@ -48,6 +48,7 @@ from experiments.accuracy_settings import (
     Settings,
     density,
     overrides,
+    pretraining,
     read_structures,
     settings,
 )
@@ -98,6 +99,7 @@ class Run(NamedTuple):
     method: str
     seed: int
     own: Settings  # what it has otherwise than its config
+    before: Settings | None  # the same of the run that pretrains it, if one does
     options: Settings
     density: float | None  # None: that will be learned
     path: Path | None
@@ -106,14 +108,16 @@ class Run(NamedTuple):
     def is_like(self, done: dict[str, Any]) -> bool:
         return all(done[name] == getattr(self, name) for name in ("task", "method", "seed", "options"))
 
-    def command(self, folder: Path) -> list[str]:
-        """Of the training, which goes on where it was cut off before."""
-        arguments = ["--config", EVERY_TASK[self.task].config, "--output_dir", str(folder), "--name", "run"]
+    def command(self, folder: Path, name: str, own: Settings, init_from: Path | None) -> list[str]:
+        """Of the training, or of the one before, which goes on where it was cut off."""
+        arguments = ["--config", EVERY_TASK[self.task].config, "--output_dir", str(folder), "--name", name]
         arguments += ["--seed", str(self.seed), *([] if self.path is None else ["--data.path", str(self.path)])]
-        for name, value in self.own.items():
-            arguments += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-        if any(folder.glob("run/*/checkpoints")):
+        for option, value in own.items():
+            arguments += [f"--{option}", value if isinstance(value, str) else json.dumps(value)]
+        if any(folder.glob(f"{name}/*/checkpoints")):
             arguments += ["--ckpt_path", "last"]
+        if init_from is not None:  # also for one that was stopped before its first checkpoint, and begins anew
+            arguments += ["--init_from", str(init_from)]
         return [sys.executable, "-m", "sat.train", *arguments]
 
 
@@ -141,13 +145,26 @@ def train(run: Run, folder: Path, environment: dict[str, str]) -> dict[str, Any]
     place = folder / f"{run.task}-{run.method}-{run.seed}-{digest}"
     place.mkdir(parents=True, exist_ok=True)
     log = place / "log.txt"
-    status = execute(run.command(place), log, environment)
-    if status in (130, 143, -2, -15):  # by Ctrl-C or SIGTERM
-        raise KeyboardInterrupt
-    if status:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"{run.task}, {run.method}, seed {run.seed} failed: {last} ({log})")
-    summary: dict[str, Any] = json.loads(next(place.glob("run/*/summary.json")).read_text())
+
+    def finish(name: str, own: Settings, init_from: Path | None = None) -> Path:
+        """The summary of a run of this name, which is trained if it is not there yet."""
+        if not (ended := [*place.glob(f"{name}/*/summary.json")]):
+            status = execute(run.command(place, name, own, init_from), log, environment)
+            if status in (130, 143, -2, -15):  # by Ctrl-C or SIGTERM
+                raise KeyboardInterrupt
+            if status:
+                last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+                raise RuntimeError(f"{run.task}, {run.method}, seed {run.seed} failed: {last} ({log})")
+            ended = [*place.glob(f"{name}/*/summary.json")]
+        return ended[0]
+
+    before = None if run.before is None else finish("pretraining", run.before)
+    summary: dict[str, Any] = json.loads(finish("run", run.own, before and before.parent).read_text())
+    if before is not None:
+        own = json.loads(before.read_text())
+        kept = ("steps", "density", "training_seconds", "median_step_ms", "test_accuracy")
+        summary["pretraining"] = {name: own[name] for name in kept}
+        summary["training_seconds"] += own["training_seconds"]
     shutil.rmtree(place)
     return summary
 
@@ -186,10 +203,11 @@ def plan(args: argparse.Namespace) -> list[Run]:
         own = {method: overrides(args.scale, task, method, steps, structures) for method in methods}
         data = prepare(task, settings(task, own[methods[0]], {}), args.data)
         for method in methods:
-            options = settings(task, own[method], data.samples)
+            before = pretraining(args.scale, task, own[method])
+            options = settings(task, own[method], data.samples, before)
             share = density(options, data.seq_len)
             runs += [
-                Run(task, method, seed, own[method], options, share, data.path, data.most_frequent)
+                Run(task, method, seed, own[method], before, options, share, data.path, data.most_frequent)
                 for seed in args.seeds
             ]
     # Seed by seed, so that a run of the experiment that is cut short has something of everything.

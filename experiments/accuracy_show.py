@@ -26,7 +26,7 @@ IN_COLORS = "blue = ours, orange = dense, grey = other references"
 PUBLISHED = ("sat-paper", "gram (paper)")
 
 # What is the method's own; all else must be the same for runs to be compared.
-OF_THE_METHOD = ("model.attention", "model.pruned", "sparsity.")
+OF_THE_METHOD = ("model.attention", "model.pruned", "sparsity.", "pretraining.sparsity.")
 
 
 def comparable(runs: Sequence[Run], order: Sequence[str]) -> tuple[Rows, list[Run]]:

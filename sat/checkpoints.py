@@ -21,6 +21,7 @@ from sat.scaling import Grid, interpolate_positions, position_grids
 
 # Where our own encoder has its learned positions, [L, W].
 POSITIONS = "model.encoder.positions"
+HEAD = "model.head."
 # What the callbacks keep in checkpoints and read long after they are loaded; see _fits.
 STATES: dict[str, Any] = {
     "AdaptiveSparsity": {
@@ -227,16 +228,19 @@ class Learned(NamedTuple):
     Attributes:
         layouts: one a layer, as they are there; none where a layer is dense.
         length: tokens that they are for.
+        new_head: whether it answers another question than here, so that the head here is a new one.
     """
 
     layouts: list[BlockLayout]
     length: int
+    new_head: bool = False
 
 
 def load_weights(path: Path, module: LightningModule, *, pictures: bool = False) -> Learned:
     """Take over the weights of a checkpoint, whatever its phase; the layouts stay as they are here.
 
-    Positions that our own encoder has learned at a shorter length are interpolated.
+    Positions that our own encoder has learned at a shorter length are interpolated. Where it has learned there to find
+    hidden tokens, and here to tell classes, or the other way round, the head stays as it is here.
 
     Args:
         path: the checkpoint.
@@ -259,14 +263,21 @@ def load_weights(path: Path, module: LightningModule, *, pictures: bool = False)
     if isinstance(there, Tensor) and here is not None and there.dim() == 2 and there.is_floating_point():
         grids = _grids(path, len(there), len(here), pictures)
         theirs[POSITIONS] = there if len(there) == len(here) else interpolate_positions(there, *grids)
+    attention = checkpoint.get("attention")
+    found_tokens = isinstance(attention, dict) and attention.get("per_token") is True
+    new_head = found_tokens != getattr(module.model, "per_token", False)
+    if new_head:
+        # Pretrained on hidden tokens: what was learned of them is not asked here.
+        theirs = {name: tensor for name, tensor in theirs.items() if not str(name).startswith(HEAD)}
+        theirs |= {name: tensor for name, tensor in ours.items() if name.startswith(HEAD)}
     _check_weights(path, ours, theirs, "--init_from")
-    _check_heads(path, checkpoint.get("attention"), module.model)
+    _check_heads(path, attention, module.model)
     try:
         learned = _learned(checkpoint)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:  # of a file that somebody changed
         raise ValueError(f"{path} is not a whole checkpoint ({reason(error)}); give another --init_from") from error
     module.load_state_dict({**module.state_dict(), **theirs})
-    return learned
+    return learned._replace(new_head=new_head)
 
 
 def _grids(path: Path, length: int, new_length: int, pictures: bool) -> tuple[Grid, Grid]:

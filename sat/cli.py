@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -50,6 +51,10 @@ TRAINER_SKIP = {
 }
 
 
+# Arguments of models that follow from the data.
+OF_THE_DATA = {"vocab_size", "seq_len", "num_classes", "inputs", "towers", "per_token", "grid"}
+
+
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the description as it is."""
 
@@ -88,7 +93,7 @@ def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
     parser.add_argument("--data.name", type=str, required=True, help=f"data set: {', '.join(DATASETS)}")
     parser.add_class_arguments(DATASETS[data_name], "data", skip={"seed"})
     model = PretrainedClassifier if pretrained else SequenceClassifier
-    parser.add_class_arguments(model, "model", skip={"vocab_size", "seq_len", "num_classes", "inputs", "towers"})
+    parser.add_class_arguments(model, "model", skip=OF_THE_DATA)
     parser.add_class_arguments(ClassificationModule, "optimizer", skip={"model", "num_classes", "metric"})
     parser.add_class_arguments(AdaptiveSparsity, "sparsity", skip={"seed"})
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP)
@@ -165,7 +170,13 @@ def make_model(args: Namespace, data: SequenceDataModule) -> SequenceClassifier 
     """The model, which takes what the data gives."""
     if data.inputs == "ids":
         return SequenceClassifier(
-            data.vocab_size, data.seq_len, data.num_classes, towers=data.towers, **args.model.as_dict()
+            data.vocab_size,
+            data.seq_len,
+            data.answers,
+            towers=data.towers,
+            per_token=data.hide is not None,
+            grid=(math.isqrt(data.seq_len), math.isqrt(data.seq_len)) if data.pixel_tokens else None,
+            **args.model.as_dict(),
         )
     model = PretrainedClassifier(data.num_classes, data.inputs, **args.model.as_dict())
     from sat.integrations.transformers import extend_position_embeddings, prepare  # transformers is an extra

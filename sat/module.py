@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy
 
 from sat.baselines import fingerprint
+from sat.data.hidden import NOT_ASKED
 
 Batch = dict[str, Tensor]
 
@@ -78,9 +79,12 @@ class ClassificationModule(LightningModule):
         self.layer_decay = layer_decay
         self.lr, self.warmup_steps = lr, warmup_steps
         self.weight_decay, self.betas, self.eps = weight_decay, (betas[0], betas[1]), eps
+        splits = ("fit", "val", "test")
+        # Where tokens are to be found, most labels say that there is nothing to find.
+        ignored = NOT_ASKED if getattr(model, "per_token", False) else None
         self.accuracies = nn.ModuleDict(
             # Micro average: the share of right answers. Not "train": nn.ModuleDict has a method of that name.
-            {name: MulticlassAccuracy(num_classes, average="micro") for name in ("fit", "val", "test")}
+            {name: MulticlassAccuracy(num_classes, average="micro", ignore_index=ignored) for name in splits}
         )
         self.f1_scores = nn.ModuleDict({name: BinaryF1Score() for name in ("val", "test")} if metric == "f1" else {})
         self._warned_at: int | None = None
@@ -211,6 +215,7 @@ class ClassificationModule(LightningModule):
                 "fixed_layouts": fingerprint(self.model),
                 "pruned": getattr(self.model, "pruned", "drop"),
                 "num_heads": getattr(self.model, "num_heads", None),
+                "per_token": getattr(self.model, "per_token", False),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sat.callback import AdaptiveSparsity, ends_optimizer_step
+from sat.data.hidden import NOT_ASKED
 from sat.plots import attention_pixels, layout_pixels
 from sat.sparsity import Revision
 
@@ -197,7 +198,7 @@ class Monitor(Callback):
     @torch.no_grad()
     def _accuracy(self, trainer: Trainer, pl_module: LightningModule) -> float:
         """Share of right answers on the first validation batches of all processes; draws no random numbers."""
-        right = total = cut = 0
+        right = asked = samples = cut = 0
         pl_module.eval()
         for index, batch in enumerate(trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
             if index == self.switch_batches:
@@ -207,12 +208,13 @@ class Monitor(Callback):
             with trainer.precision_plugin.val_step_context():  # as validation computes, autocast included
                 logits: Tensor = pl_module(batch)
             right += int((logits.argmax(1) == batch["labels"]).sum())
-            total += len(logits)
+            asked += int((batch["labels"] != NOT_ASKED).sum())
+            samples += len(logits)
         pl_module.train()
-        counts = torch.tensor([right, total, cut], device=pl_module.device)
-        right, total, cut = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        self.switch_samples = total if cut else 0
-        return right / max(total, 1)
+        counts = torch.tensor([right, asked, samples, cut], device=pl_module.device)
+        right, asked, samples, cut = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        self.switch_samples = samples if cut else 0
+        return right / max(asked, 1)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""

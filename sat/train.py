@@ -64,7 +64,7 @@ class Run:
         seed_everything(args.seed, verbose=False)
         self.data = data = make_data(args)
         self.model = model = make_model(args, data)
-        self.module = ClassificationModule(model, data.num_classes, metric=data.metric, **args.optimizer.as_dict())
+        self.module = ClassificationModule(model, data.answers, metric=data.metric, **args.optimizer.as_dict())
         if args.compile:
             if getattr(data, "padding", "max_length") != "max_length":
                 raise ValueError(
@@ -84,13 +84,15 @@ class Run:
         self.new = not self.folder.exists()
         self.anew = checkpoint is not None and not checkpoint.is_file()
         self.checkpoint = None if self.anew else checkpoint
-        self.weights = None
+        self.weights, self.new_head = None, False
+        self.before: tuple[Path, bytes | None] | None = None  # the file of this run's settings, and what was in it
         self.carried: list[tuple[BlockLayout, BlockLayout]] = []  # layouts of another run, there and here
         if self.checkpoint is not None:
             checkpoints.check_checkpoint(self.checkpoint, self.module, model)
         elif args.init_from is not None:
             self.weights = checkpoints.find_weights(args.init_from)
             learned = checkpoints.load_weights(self.weights, self.module, pictures=data.pixel_tokens)
+            self.new_head = learned.new_head
             self.carried = self._carry(learned, args.init_layouts)
         elif args.init_layouts:
             raise ValueError("--init_layouts true takes layouts from another run; name it with --init_from")
@@ -239,23 +241,28 @@ class Run:
         try:
             runs.make_folder(self.folder)
             first = self.anew or not (self.folder / "config.yaml").exists()
-            with written_whole(self.folder / ("config.yaml" if first else "config_resumed.yaml")) as temporary:
+            file = self.folder / ("config.yaml" if first else "config_resumed.yaml")
+            self.before = file, file.read_bytes() if file.exists() else None
+            with written_whole(file) as temporary:
                 temporary.write_text(self.config)
             self._read_data()
         except BaseException:
             self.discard()
             raise
         parameters = sum(p.numel() for p in self.module.parameters())
+        what = f"{self.data.num_classes} classes"
+        if self.data.hide is not None:
+            what = f"{self.data.hide:.0%} of the tokens hidden, to be found among {self.data.vocab_size}"
         self.console.print(
-            f"{self.name}: {self.data.size()}, {self.data.num_classes} classes, {parameters:,} parameters; "
-            f"results go to {self.folder}",
+            f"{self.name}: {self.data.size()}, {what}, {parameters:,} parameters; results go to {self.folder}",
             highlight=False,
             soft_wrap=True,
         )
         if self.anew:
             self.console.print("this run was stopped before its first checkpoint, and begins anew", highlight=False)
         if self.weights is not None:
-            self.console.print(f"begins with the weights of {self.weights}", highlight=False, soft_wrap=True)
+            but = ", but for the head, which is new" if self.new_head else ""
+            self.console.print(f"begins with the weights of {self.weights}{but}", highlight=False, soft_wrap=True)
         if self.carried:
             runs.save_carried(self.folder, self.carried)
             self.console.print(runs.carried_text(self.carried), highlight=False, soft_wrap=True)
@@ -265,7 +272,17 @@ class Run:
             self.console.print(self.model.origin(), highlight=False, soft_wrap=True)
 
     def discard(self) -> None:
-        """Leave no folder of a run that did not begin, which ``--ckpt_path last`` would take for the newest."""
+        """Leave no folder of a run that did not begin, which ``--ckpt_path last`` would take for the newest.
+
+        Nor, of one that did not go on, the settings that it was not to go on with.
+        """
+        if self.trainer.global_rank == 0 and self.before is not None and not self.new:
+            file, content = self.before
+            if content is None:
+                file.unlink(missing_ok=True)
+            else:
+                with written_whole(file) as temporary:
+                    temporary.write_bytes(content)
         if self.new and self.trainer.global_rank == 0 and not self.last.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # there are other runs of this name

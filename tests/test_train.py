@@ -333,6 +333,68 @@ def test_what_begins_anew_is_recorded_as_it_is_then(tiny, monkeypatch, capsys):
     assert not (run_folder() / "config_resumed.yaml").exists()
 
 
+def test_settings_that_a_run_did_not_go_on_with_leave_no_trace(tiny, capsys):
+    run("--config", tiny)
+    said = refused(
+        capsys, "--config", tiny, "--ckpt_path", "last", "--trainer.max_steps", 40, "--sparsity.density", 0.5
+    )
+    assert "learning-rate cycle" in said
+    assert not (run_folder() / "config_resumed.yaml").exists()
+    (run_folder() / "config_resumed.yaml").write_text("before")
+    refused(capsys, "--config", tiny, "--ckpt_path", "last", "--trainer.max_steps", 40)
+    assert (run_folder() / "config_resumed.yaml").read_text() == "before"
+
+
+def test_a_model_is_pretrained_on_hidden_tokens_and_taken_up(tiny, capsys):
+    found = run("--config", tiny, "--data.hide", 0.25, "--model.positions", "sine")
+    said = capsys.readouterr().out
+    assert "25% of the tokens hidden, to be found among 17" in said
+    assert [each["step"] for each in found["transitions"]] == [SWITCH, SWITCH]
+    assert found["test_accuracy"]["final"] > 0.3  # most pixels are black
+    pretrained = run_folder()
+    state = torch.load(pretrained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state["model.head.2.weight"].shape[0] == 17
+
+    taken = {}
+
+    class Stop(Exception):
+        pass
+
+    def keep(self):
+        taken.update({name: x.clone() for name, x in self.module.state_dict().items()})
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "train", keep)
+        with pytest.raises(Stop):
+            run("--config", tiny, "--init_from", pretrained, "--name", "taken")
+    assert f"begins with the weights of {pretrained}/checkpoints/last.ckpt, but for the head, which is new" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    learned = [name for name in state if name.startswith("model.encoder.") and "attention.layout" not in name]
+    assert len(learned) > 10
+    for name in learned:
+        if not name.endswith(("layout_mask", "sparse")):
+            assert torch.equal(taken[name], state[name])
+    assert taken["model.head.2.weight"].shape[0] == 10
+    # Nor is a pretraining taken for a training to go on with.
+    assert "of another model" in refused(capsys, "--config", tiny, "--ckpt_path", pretrained)
+
+
+def test_a_pretraining_goes_on_as_if_it_had_not_been_stopped(tiny, monkeypatch, capsys):
+    whole = run("--config", tiny, "--data.hide", 0.25, "--name", "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 12)
+        refused(capsys, "--config", tiny, "--data.hide", 0.25, status=130)
+    found = run("--config", tiny, "--data.hide", 0.25, "--ckpt_path", "last")
+    assert found["test_accuracy"] == whole["test_accuracy"]
+    states = [
+        torch.load(run_folder(name) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "tiny")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_a_broken_machine_is_not_blamed_on_the_checkpoint(tiny, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)

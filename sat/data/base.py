@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sat.data.cache import Prepared
+from sat.data.hidden import Hidden, hide_tokens
 from sat.data.loading import Batch, EvalBatches, TrainBatches, TrainLoader, Transform, eval_loader
 
 HELD_OUT_FRACTION = 0.1
@@ -42,6 +44,9 @@ class SequenceDataModule(pl.LightningDataModule):
         seed: decides the order of the training samples, together with the epoch.
         train_samples: train on so many samples only, chosen at random; all when not given.
         eval_samples: validate and test on so many samples only, chosen at random; all when not given.
+        hide: hide this share of each sequence's tokens and let the model find them instead of the class, above 0 and
+            below 1: what it can be pretrained with, on the same data (--init_from takes it from there). A hidden token
+            has the id -1; ``labels`` are ids ``[B, L]`` then, -100 where a token is not hidden.
 
     Raises:
         ValueError: an argument is out of range.
@@ -69,8 +74,16 @@ class SequenceDataModule(pl.LightningDataModule):
         seed: int = 0,
         train_samples: int | None = None,
         eval_samples: int | None = None,
+        hide: float | None = None,
     ) -> None:
         super().__init__()
+        if hide is not None and (self.inputs != "ids" or self.towers != 1):
+            raise ValueError(
+                f"data.hide is for models of our own that read one sequence a sample, not for {self.dataset_name}; "
+                f"leave it out"
+            )
+        if hide is not None and (isinstance(hide, bool) or not 0 < hide < 1):
+            raise ValueError(f"data.hide is a share of the tokens, above 0 and below 1, got {hide!r}")
         check_at_least("batch_size", batch_size, 1)
         check_at_least("eval_batch_size", eval_batch_size, 1)
         check_at_least("num_workers", num_workers, 0)
@@ -83,6 +96,7 @@ class SequenceDataModule(pl.LightningDataModule):
         self.seed = seed
         self.train_samples = train_samples
         self.eval_samples = eval_samples
+        self.hide = hide
         self.class_names = []
         self._prepared: Prepared | None = None
         self._rows: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
@@ -97,7 +111,12 @@ class SequenceDataModule(pl.LightningDataModule):
 
     def transform(self) -> Transform | None:
         """What changes the training batches at random; None: nothing does."""
-        return None
+        return None if self.hide is None else partial(hide_tokens, self.hide)
+
+    @property
+    def answers(self) -> int:
+        """Among how many a prediction chooses: the classes, or all tokens where some of these are hidden."""
+        return self.num_classes if self.hide is None else self.vocab_size
 
     def size(self) -> str:
         """How large a sample is, for people."""
@@ -185,7 +204,8 @@ class SequenceDataModule(pl.LightningDataModule):
                 f"processes without one at the end; use --data.eval_batch_size 2"
             )
         batches = EvalBatches(len(rows), self.eval_batch_size, seed=0, world_size=world_size, rank=rank, shuffle=False)
-        return eval_loader(self.dataset(tensors, rows), batches, self.num_workers)
+        data = self.dataset(tensors, rows)
+        return eval_loader(data if self.hide is None else Hidden(data, self.hide), batches, self.num_workers)
 
     def _rows_of(self, split: str) -> tuple[dict[str, Tensor], Tensor]:
         if not self._rows:

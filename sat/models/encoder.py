@@ -16,8 +16,11 @@ from sat import ops
 from sat.attention import AdaptiveAttention
 from sat.baselines import LongformerAttention, LSGAttention, make_baseline
 from sat.models.dropout import Dropout
+from sat.models.positions import sine_positions
 
 AttentionName = Literal["adaptive", "spion", "dense", "explicit", "structure", "flex", "longformer", "bigbird", "lsg"]
+PositionsName = Literal["random", "sine"]
+POSITIONS_STD = 0.02
 # No Any among them: for that, jsonargparse would import whatever class_path a config names.
 AttentionOptions = dict[str, bool | int | float | str | list[int] | None]
 
@@ -74,7 +77,10 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token and position embeddings, layers, and a last LayerNorm; padded positions come out as 0."""
+    """Token and position embeddings, layers, and a last LayerNorm; padded positions come out as 0.
+
+    A token with the id -1 is hidden: it has its position and nothing else.
+    """
 
     def __init__(
         self,
@@ -91,8 +97,12 @@ class Encoder(nn.Module):
         attention_options: Mapping[str, Any] | None = None,
         pruned: ops.Pruned = "drop",
         activation_checkpointing: bool = False,
+        hides: bool = False,
+        positions: PositionsName = "random",
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.hides = hides
         attentions: list[nn.Module] = []
         for layer in range(num_layers):
             if attention in ("adaptive", "spion", "dense"):
@@ -112,7 +122,10 @@ class Encoder(nn.Module):
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.empty(seq_len, width))
         nn.init.normal_(self.tokens.weight, std=0.02)
-        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.positions, std=POSITIONS_STD)
+        if positions == "sine":
+            with torch.no_grad():
+                self.positions.copy_(sine_positions(grid or (1, seq_len), width) * (POSITIONS_STD * 2**0.5))
         self.dropout = Dropout(dropout)
         # LSG's global tokens are learned and stand before the sequence.
         first = attentions[0]
@@ -127,7 +140,10 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids ``[B, L]`` (int64) to features ``[B, L, W]``; ``attention_mask`` bool, True = a real token."""
-        x = self.tokens(input_ids) + self.positions[: input_ids.shape[1]]
+        x = self.tokens(input_ids.clamp(min=0) if self.hides else input_ids)
+        if self.hides:
+            x = x * (input_ids >= 0)[..., None]
+        x = x + self.positions[: input_ids.shape[1]]
         mask = attention_mask
         if self.prepended:
             x = torch.cat([self.global_tokens.expand(len(x), -1, -1), x], 1)
@@ -141,7 +157,7 @@ class Encoder(nn.Module):
 
 
 class SequenceClassifier(nn.Module):
-    """The encoder, the mean over the full padded length, and a head of two layers.
+    """The encoder, the mean over the full padded length, and a head of two layers; or the head at each token.
 
     With two towers, a sample is two sequences, which the same encoder reads; the head gets both means, their product
     and their difference, as in the Long Range Arena's matching task (Tay et al. 2021).
@@ -168,7 +184,12 @@ class SequenceClassifier(nn.Module):
             counts each of them as a logit of 0, as the paper's kernels do.
         activation_checkpointing: keep only the input of each layer for the backward pass, which computes the rest of
             the layer once more: less memory for more time, the same results.
+        positions: how learned positions begin: ``random``, or as ``sine`` waves, of rows and columns where tokens are
+            pixels, see :func:`sine_positions`.
         towers: sequences in a sample, 1 or 2.
+        per_token: a prediction for each token instead of one for all, of what is hidden there, see
+            :class:`sat.data.SequenceDataModule`.
+        grid: ``(rows, columns)`` in which the tokens of a picture lie, row by row; None: in one row.
 
     Raises:
         ValueError: an argument is out of range, or ``width`` is no multiple of ``num_heads``.
@@ -191,11 +212,16 @@ class SequenceClassifier(nn.Module):
         block_size: int = 32,
         pruned: ops.Pruned = "drop",
         activation_checkpointing: bool = False,
+        positions: PositionsName = "random",
         towers: int = 1,
+        per_token: bool = False,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if towers not in (1, 2):
             raise ValueError(f"towers must be 1 or 2, got {towers}")
+        if per_token and towers == 2:
+            raise ValueError("per_token is for one sequence a sample, got 2 towers")
         sizes = {
             "vocab_size": vocab_size,
             "seq_len": seq_len,
@@ -215,6 +241,8 @@ class SequenceClassifier(nn.Module):
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if attention not in get_args(AttentionName):
             raise ValueError(f"attention must be one of {', '.join(get_args(AttentionName))}, got {attention!r}")
+        if positions not in get_args(PositionsName):
+            raise ValueError(f"positions must be one of {', '.join(get_args(PositionsName))}, got {positions!r}")
         if pruned not in get_args(ops.Pruned):
             raise ValueError(f"pruned must be one of {', '.join(get_args(ops.Pruned))}, got {pruned!r}")
         if attention_options and attention in ("adaptive", "dense"):
@@ -236,17 +264,23 @@ class SequenceClassifier(nn.Module):
             block_size=block_size,
             pruned=pruned,
             activation_checkpointing=activation_checkpointing,
+            hides=per_token,
+            positions=positions,
+            grid=grid,
         )
+        self.per_token = per_token
         self.towers, self.activation_checkpointing = towers, activation_checkpointing
         features = width if towers == 1 else 4 * width
         self.head = nn.Sequential(nn.Linear(features, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids to logits ``[B, classes]``.
+        """Token ids to logits ``[B, classes]``, or ``[B, classes, L]`` where they are ``per_token``.
 
         ``input_ids`` and ``attention_mask`` (bool, True = a real token) have the shape ``[B, L]``, with two towers
         ``[B, 2, L]``.
         """
+        if self.per_token:
+            return self.head(self.encoder(input_ids, attention_mask)).transpose(1, 2)
         if self.towers == 1:
             return self.head(self.encoder(input_ids, attention_mask).mean(1))
         # Pairs as a batch of twice the size: statistics and layouts are those of both towers together.

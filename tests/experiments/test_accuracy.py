@@ -116,8 +116,8 @@ class TestSettings:
         tasks = accuracy_settings.DEFAULT_TASKS[scale]
         for task, method in [("cifar10", m) for m in accuracy_settings.METHODS] + [(task, "sat") for task in tasks]:
             own = accuracy_settings.overrides(scale, task, method, 1000, {})
-            run = accuracy.Run(task, method, 0, own, {}, None, None, 0.5)
-            args, _ = cli.parse(run.command(Path("nowhere"))[3:])
+            run = accuracy.Run(task, method, 0, own, None, {}, None, None, 0.5)
+            args, _ = cli.parse(run.command(Path("nowhere"), "run", own, None)[3:])
             assert args.model.attention == own["model.attention"]
 
 

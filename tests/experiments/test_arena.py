@@ -20,11 +20,12 @@ def started(monkeypatch, tmp_path) -> list[list[str]]:
     def execute(command, log, environment):
         assert environment == {"OMP_NUM_THREADS": "1"}
         commands.append(command)
-        folder = Path(command[command.index("--output_dir") + 1]) / "run" / "now"
+        folder = Path(command[command.index("--output_dir") + 1]) / command[command.index("--name") + 1] / "now"
         folder.mkdir(parents=True)
         attention = command[command.index("--model.attention") + 1]
         summary = {
             "attention": attention,
+            "steps": 7,
             "density": 0.1 if attention == "adaptive" else None,
             "test_accuracy": {"final": {"dense": 0.5, "structure": 0.25, "adaptive": 0.75}[attention]},
             "median_step_ms": {attention: 2.0},
@@ -51,8 +52,8 @@ def measure(*arguments: str) -> list[dict]:
 def test_the_training_takes_every_setting(scale, task, method):
     known = accuracy_settings.ARENA[task]
     own = accuracy_settings.overrides(scale, task, method, known.small_steps if scale == "small" else None, {})
-    run = accuracy.Run(task, method, 0, own, {}, None, None, 0.5)
-    args, _ = cli.parse(run.command(Path("nowhere"))[3:])
+    run = accuracy.Run(task, method, 0, own, None, {}, None, None, 0.5)
+    args, _ = cli.parse(run.command(Path("nowhere"), "run", own, None)[3:])
     assert args.model.attention == {"sat": "adaptive", "window": "structure"}.get(method, "dense")
     config = accuracy_settings.flat(accuracy_settings.read_config(shipped_configs() / known.config))
     changed = {name for name, value in own.items() if name in config and config[name] != value}
@@ -81,18 +82,16 @@ def test_runs_beside_each_other_are_all_kept_and_not_done_again(started, monkeyp
         return execute(*arguments)
 
     monkeypatch.setattr(accuracy, "execute", waits)
-    runs = measure(*SHORT, "--tasks", "listops", "pathfinder", "--jobs", "2")
+    runs = measure(*SHORT, "--tasks", "listops", "image", "--jobs", "2")
     assert len(runs) == len(started) == 12
     assert {(r["task"], r["method"], r["seed"]) for r in runs} == {
-        (task, method, seed)
-        for task in ("listops", "pathfinder")
-        for method in arena.DEFAULT_METHODS
-        for seed in (0, 1)
+        (task, method, seed) for task in ("listops", "image") for method in arena.DEFAULT_METHODS for seed in (0, 1)
     }
     printed = capsys.readouterr().out
     assert "12 runs, 0 of them done before" in printed
     assert "published: BigBird" in printed
-    assert len(measure(*SHORT, "--tasks", "listops", "pathfinder", "--jobs", "2")) == len(started) == 12
+    assert len(measure(*SHORT, "--tasks", "listops", "image", "--jobs", "2")) == 12
+    assert len(started) == 12
 
 
 def test_a_failed_run_beside_others_does_not_stop_them(started, monkeypatch, capsys):
@@ -115,7 +114,7 @@ def test_no_run_begins_after_the_minutes(started, capsys):
     with pytest.raises(SystemExit, match="nothing has been measured yet"):
         measure(*SHORT, "--minutes", "0", "--jobs", "2")
     assert started == []
-    assert "0 minutes are over; the same command trains the 18 that are left" in capsys.readouterr().out
+    assert "0 minutes are over; the same command trains the 24 that are left" in capsys.readouterr().out
 
 
 def test_rows_have_ours_above_those_published(started):
@@ -154,3 +153,44 @@ def test_two_at_once_would_lose_each_others_results(started, tmp_path):
         measure(*SHORT, "--tasks", "listops")
     assert started == []
     assert len(measure(*SHORT, "--tasks", "listops", "--methods", "dense")) == 2
+
+
+def option(command: list[str], name: str) -> str | None:
+    return command[command.index(name) + 1] if name in command else None
+
+
+def test_pathfinder_is_pretrained_and_goes_on_between_the_two(started, monkeypatch):
+    good, runs = accuracy.execute, []
+
+    def execute(command, log, environment):
+        runs.append(command)
+        if len(runs) == 2:  # interrupted after the pretraining
+            return 130
+        return good(command, log, environment)
+
+    monkeypatch.setattr(accuracy, "execute", execute)
+    arguments = ["--tasks", "pathfinder", "--methods", "dense", "--seeds", "0"]
+    with pytest.raises(SystemExit, match="interrupted"):
+        measure(*arguments)
+    (found,) = measure(*arguments)
+    assert [option(command, "--name") for command in runs] == ["pretraining", "run", "run"]
+    assert [option(command, "--data.hide") for command in runs] == ["0.4", None, None]
+    assert option(runs[0], "--init_from") is None
+    assert option(runs[2], "--init_from") == str(Path(option(runs[0], "--output_dir") or "") / "pretraining" / "now")
+    assert option(runs[0], "--trainer.max_steps") != option(runs[2], "--trainer.max_steps")
+    assert found["summary"]["training_seconds"] == 6.0  # of both
+    assert found["summary"]["pretraining"]["steps"] == 7
+    assert found["options"]["pretraining.data.hide"] == 0.4
+    cli.parse(runs[0][3:])
+
+
+def test_methods_of_a_pretrained_task_have_all_but_their_own_settings_in_common(started):
+    runs = measure("--tasks", "pathfinder", "--seeds", "0")
+    assert {run["method"] for run in runs} == {"dense", "window", "sat"}
+    header, lines = arena.rows(runs)
+    assert header == ["", "pathfinder"]
+    assert [line[1] for line in lines if line[0] in ("dense", "window", "sat")] == [
+        "0.500 (1)",
+        "0.750 (1)",
+        "0.250 (1)",
+    ]

@@ -223,3 +223,48 @@ def test_activation_checkpointing_holds_the_inputs_of_layers_only():
             model(torch.randint(0, 30, (2, 40)))
         held[checkpointing] = sum(sizes)
     assert held[True] < held[False] / 4
+
+
+def test_a_hidden_token_has_its_position_and_nothing_else():
+    model = SequenceClassifier(20, 32, 20, **SMALL, per_token=True)
+    ids = torch.randint(0, 20, (2, 32))
+    ids[:, 5] = -1
+    seen = []
+    model.encoder.layers[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    logits = model(ids)
+    assert logits.shape == (2, 20, 32)
+    torch.testing.assert_close(seen[0][:, 5], model.encoder.positions[5].expand(2, -1))
+    expected = model.encoder.tokens.weight[ids[:, 6]] + model.encoder.positions[6]
+    torch.testing.assert_close(seen[0][:, 6], expected)
+    torch.nn.functional.cross_entropy(logits, torch.where(ids == -1, 3, -100)).backward()
+    assert model.encoder.tokens.weight.grad.isfinite().all()
+
+
+def test_two_towers_do_not_predict_tokens():
+    with pytest.raises(ValueError, match="per_token is for one sequence a sample"):
+        SequenceClassifier(20, 32, 20, **SMALL, per_token=True, towers=2)
+
+
+@pytest.mark.parametrize("grid", [None, (6, 6)])
+def test_sines_tell_how_far_apart_positions_are(grid):
+    """Their products depend on the distance alone, on pictures on that of rows and that of columns."""
+    model = SequenceClassifier(20, 36, 3, **{**SMALL, "width": 32}, positions="sine", grid=grid)
+    table = model.encoder.positions.detach().double()
+    assert table.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+    products = table @ table.mT
+    rows, columns = grid or (1, 36)
+    row, column = torch.arange(36) // columns, torch.arange(36) % columns
+    apart = (row[:, None] - row).abs() * columns + (column[:, None] - column).abs()
+    for distance in apart.unique():
+        own = products[apart == distance]
+        assert own.max() - own.min() < 1e-8
+    assert products[0].argmax() == 0
+    nearest = sorted(range(1, 36), key=lambda place: -products[0, place].item())
+    assert set(nearest[:2]) == ({1, columns} if rows > 1 else {1, 2})
+
+
+def test_positions_that_there_are_not():
+    with pytest.raises(ValueError, match="positions must be one of random, sine, got 'learned'"):
+        SequenceClassifier(20, 36, 3, **SMALL, positions="learned")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="width 6 cannot hold sines and cosines of 2 coordinates"):
+        SequenceClassifier(20, 36, 3, **{**SMALL, "width": 6}, positions="sine", grid=(6, 6))
