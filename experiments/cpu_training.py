@@ -20,11 +20,13 @@ from sat.models import SequenceClassifier
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="at least 2 (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds is {args.rounds}, expected at least 2: of one there is no spread")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model = SequenceClassifier(256, 1024, 10)

@@ -30,6 +30,7 @@ from triton.runtime import driver
 
 from experiments import record
 from sat import ops
+from sat.files import written_whole
 from sat.layout import BlockLayout
 from sat.ops.triton.launch import observed
 
@@ -207,10 +208,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def save(arch: int, rows: list[dict[str, Any]]) -> Path:
     """Write the table as ``experiments/results/kernels_smXX.json``, one row a line."""
     head = record.environment() | {"triton": triton.__version__, "arch": arch, "columns": list(rows[0])}
-    head = {"command": f"python -m experiments.kernel_report --arch {arch}"} | head
+    head = {"format": record.FORMAT, "command": f"python -m experiments.kernel_report --arch {arch}"} | head
     lines = ",\n".join("  " + json.dumps(list(row.values())) for row in rows)
     path = record.RESULTS / f"kernels_sm{arch}.json"
-    path.write_text(json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n')
+    head = record.note_of(path) | head
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n')
     return path
 
 

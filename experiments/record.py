@@ -138,6 +138,13 @@ def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
     return round(statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True)), 2)
 
 
+def note_of(path: Path) -> dict[str, Any]:
+    """What somebody has written into a file of results, as ``note``; nothing where nobody has."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return {"note": json.loads(path.read_text())["note"]}
+    return {}
+
+
 def save(
     name: str, command: str, figures: Mapping[str, Any], folder: Path = RESULTS, *, device: str | None = None
 ) -> Path:
@@ -154,9 +161,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    content = {"format": FORMAT, "command": command, **environment(device), **figures}
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        content = {"note": json.loads(path.read_text())["note"], **content}
+    content = {**note_of(path), "format": FORMAT, "command": command, **environment(device), **figures}
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path

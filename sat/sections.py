@@ -54,6 +54,8 @@ def _overview(found: Findings) -> Section:
 
     add("attention", summary.get("attention"))
     add("steps", summary.get("steps"), "{:,}")
+    data = found.config.get("data")
+    add("share of the tokens hidden, to be found", data.get("hide") if isinstance(data, dict) else None, "{:.0%}")
     sizes = {(layer.layout.shape, layer.layout.block_size) for layer in found.layers if layer.layout is not None}
     if len(sizes) == 1:
         (((height, width), size),) = sizes
