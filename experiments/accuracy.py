@@ -162,7 +162,7 @@ def train(run: Run, folder: Path, environment: dict[str, str]) -> dict[str, Any]
     summary: dict[str, Any] = json.loads(finish("run", run.own, before and before.parent).read_text())
     if before is not None:
         own = json.loads(before.read_text())
-        kept = ("steps", "density", "training_seconds", "median_step_ms", "test_accuracy")
+        kept = ("steps", "density", "training_seconds", "median_step_ms", "peak_memory_mib", "test_accuracy")
         summary["pretraining"] = {name: own[name] for name in kept}
         summary["training_seconds"] += own["training_seconds"]
     shutil.rmtree(place)

@@ -210,8 +210,11 @@ def pretraining(scale: str, task: str, own: Settings) -> Settings | None:
     change = EVERY_TASK[task].pretrain
     if change is None or scale != "small":
         return None
-    steps = change["trainer.max_steps"]
-    return {**own, **change, "trainer.val_check_interval": steps, "sparsity.max_dense_steps": max(1, steps // 10)}
+    # As long as the run itself, by the same measure.
+    steps = change["trainer.max_steps"] * own["trainer.max_steps"] // EVERY_TASK[task].small_steps
+    tenth = max(1, steps // 10)
+    length = {"trainer.max_steps": steps, "trainer.val_check_interval": steps, "sparsity.max_dense_steps": tenth}
+    return {**own, **change, **length, "optimizer.warmup_steps": min(own["optimizer.warmup_steps"], tenth)}
 
 
 def settings(task: str, own: Settings, samples: dict[str, int], before: Settings | None = None) -> Settings:

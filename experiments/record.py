@@ -77,7 +77,9 @@ def environment(device: str | None = None) -> dict[str, Any]:
     cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     # But for the results themselves, which change as they are measured.
-    changes = _git("status", "--porcelain", "sat", "configs", "experiments", ":!experiments/results*")
+    changes = _git(
+        "status", "--porcelain", "sat", "configs", "experiments", ":!experiments/results/", ":!experiments/RESULTS.md"
+    )
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{cpu or platform.processor()}",
         "threads": torch.get_num_threads(),

@@ -65,7 +65,7 @@ class AdaptiveAttention(nn.Module):
         # What the buffer ``sparse`` says, readable without waiting for the device, and which buffer it was read of, in
         # which version: another may stand in its place, after a move or in torch.func.functional_call.
         self._is_sparse = False
-        self._sparse_read: tuple[Tensor, int] | None = (self.sparse, self.sparse._version)
+        self._sparse_read: tuple[Tensor, int] | None = (self.sparse, _version(self.sparse))
         self._current: tuple[tuple, BlockLayout] | None = None
         self.observe_samples = 0
         self.observe_score_matrix = True  # whether statistics are to have it: [L, S] of each layer
@@ -80,10 +80,15 @@ class AdaptiveAttention(nn.Module):
 
         A compiled module notices that once this has been read outside of it.
         """
-        if not (torch.compiler.is_compiling() or self.sparse.is_meta or self.sparse.is_inference()):
-            version = self.sparse._version
-            if self._sparse_read is None or self._sparse_read[0] is not self.sparse or self._sparse_read[1] != version:
-                self._is_sparse, self._sparse_read = bool(self.sparse), (self.sparse, version)
+        sparse = self.sparse
+        if torch.compiler.is_compiling() or sparse.is_meta or type(sparse) is not Tensor:  # fake ones have no value
+            return self._is_sparse
+        version = _version(sparse)
+        if self._sparse_read is None or self._sparse_read[0] is not sparse or self._sparse_read[1] != version:
+            try:
+                self._is_sparse, self._sparse_read = bool(sparse), (sparse, version)
+            except RuntimeError:  # nor has the one of many models that torch.func.vmap calls at once
+                return self._is_sparse
         return self._is_sparse
 
     @property
@@ -115,7 +120,7 @@ class AdaptiveAttention(nn.Module):
                 )
             self.layout_mask.copy_(layout.mask.expand_as(self.layout_mask))
         self.sparse.fill_(layout is not None)
-        self._is_sparse, self._sparse_read = layout is not None, (self.sparse, self.sparse._version)
+        self._is_sparse, self._sparse_read = layout is not None, (self.sparse, _version(self.sparse))
 
     def reset_parameters(self) -> None:
         """Dense again; after ``to_empty``, for a module that was made on the device ``meta``."""
@@ -149,7 +154,8 @@ class AdaptiveAttention(nn.Module):
             ``[B, H, L, D]``.
 
         Raises:
-            ValueError: more heads or tokens than this module was made for, or shapes or devices that do not match.
+            ValueError: more heads or tokens than this module was made for, shapes or devices that do not match, or an
+                empty batch.
             TypeError: dtypes that do not, or a padding mask that is not of bools.
         """
         # Both phases and the statistics see one dtype, and refuse the same.
@@ -322,3 +328,8 @@ class AdaptiveAttention(nn.Module):
             density = int(self.layout_mask.count_nonzero()) / self.layout_mask.numel()
             phase = f"sparse, density {density:.3f}"
         return f"num_heads={self.num_heads}, seq_len={self.seq_len}, block_size={self.block_size}, {phase}"
+
+
+def _version(buffer: Tensor) -> int:
+    """How often a buffer was written to; those of inference mode do not count it."""
+    return -1 if buffer.is_inference() else buffer._version

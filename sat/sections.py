@@ -45,7 +45,7 @@ def _overview(found: Findings) -> Section:
         try:
             if value is not None:
                 rows.append((label, form.format(value)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, ArithmeticError):
             found.notes.append(f"“{label}” is left out: it is not what this version of SAT writes.")
 
     def part(name: str) -> dict[str, Any]:

@@ -411,3 +411,40 @@ def test_compiles_with_sizes_that_are_kept_open(sparse):
         inputs, padding = qkv(length), keep(length)
         out = compiled(*inputs, key_padding_mask=padding)
         torch.testing.assert_close(out, attention(*inputs, key_padding_mask=padding))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's attention one by one, under vmap
+def test_of_many_models_called_at_once_the_phase_is_that_of_the_first():
+    """As torch.func ensembles do, whose buffers have no single value."""
+    models = [AdaptiveAttention(2, 16, 8) for _ in range(3)]
+    _, buffers = torch.func.stack_module_state(models)
+    query = torch.randn(3, 1, 2, 16, 8)
+    base = models[0]
+    out = torch.vmap(lambda states, x: torch.func.functional_call(base, states, (x, x, x)))(buffers, query)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(query, query, query))
+    assert not base.is_sparse
+
+
+def test_fake_buffers_keep_the_phase():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    attention = AdaptiveAttention(2, 16, 8)
+    states = attention.state_dict()
+    with FakeTensorMode() as mode:
+        states = {name: mode.from_tensor(x) for name, x in states.items()}
+        query = torch.empty(1, 2, 16, 8)
+        out = torch.func.functional_call(attention, states, (query, query, query))
+    assert out.shape == (1, 2, 16, 8)
+    assert not attention.is_sparse
+
+
+def test_a_checkpoint_that_is_loaded_in_inference_mode_is_computed_as_it_is():
+    saved = AdaptiveAttention(2, 40, 16)
+    saved.set_layout(oracle.random_layout(2, 3, 3, 16))
+    inputs = [x.detach() for x in qkv()]
+    with torch.inference_mode():
+        attention = AdaptiveAttention(2, 40, 16)
+        attention._apply(lambda x: x.clone())  # as a move to another device does
+        attention.load_state_dict(saved.state_dict())
+        assert attention.is_sparse
+        torch.testing.assert_close(attention(*inputs), saved(*inputs))

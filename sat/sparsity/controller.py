@@ -6,6 +6,7 @@ stay where they came from.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,8 @@ from sat.sparsity.statistics import LayerHistory, best_mass, block_mass, capture
 
 if TYPE_CHECKING:  # the type only: importing the operators would load Triton
     from sat.ops.types import AttentionStatistics
+
+logger = logging.getLogger(__name__)
 
 Phase = Literal["dense", "sparse"]
 
@@ -338,7 +341,9 @@ class SparsityController:
         if self.mask == "fisher":
             sensitivities = {index: statistics[index].sensitivity for index in dense}
             if not fit_fisher(self._layers, step, sensitivities, self._shape):
-                return []  # nothing was observed: choices that stay the same for that reason have not settled
+                # Nothing was observed: choices that stay the same for that reason have not settled.
+                self._without_gradient(step)
+                return []
         self.observed_at = step
         for index in dense:
             layer, observed = self._layers[index], statistics[index]
@@ -365,6 +370,18 @@ class SparsityController:
         return [
             self._leave_dense(step, index, pooled[index], kept[index], forced=index not in ready) for index in leaving
         ]
+
+    def _without_gradient(self, step: int) -> None:
+        """Say so where it has been like that all the time, and layouts are overdue."""
+        never = [layer for layer in self._layers if layer.layout is None and layer.nothing_learned]
+        if never and self.max_dense_steps is not None and step >= self.max_dense_steps:
+            missing = (
+                "no observation had a finite gradient other than 0, so mask='fisher' cannot tell blocks apart; look "
+                "for a diverged loss, or use mask='direct'"
+            )
+            logger.warning("no layouts at step %d, though max_dense_steps is over: %s", step, missing)
+            for layer in never:
+                layer.verdict = layer.verdict._replace(missing=missing)
 
     def _compare_choices(self, kept: Mapping[int, Tensor]) -> None:
         """How far what would be chosen now agrees with earlier choices."""
@@ -561,7 +578,7 @@ class SparsityController:
                     f"the saved sparsity state has {name} = {saved}, this controller {here}; load it with the "
                     f"settings it was saved with"
                 )
-        self._revised_at, self.gave_up_at = state.get("revised_at"), state.get("gave_up_at")
+        self._revised_at, self.gave_up_at, self.observed_at = state.get("revised_at"), state.get("gave_up_at"), None
         for layer, saved in zip(self._layers, state["layers"], strict=True):
             wanted = self.gave_up_at is None and ("layout" not in saved or self.keep_scores)
             learner = self._learner(torch.Generator("cpu")) if wanted else None

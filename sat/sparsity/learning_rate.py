@@ -18,7 +18,7 @@ class LearningRateFactor:
 
     def __init__(self, factor: float, applies: Callable[[], bool]) -> None:
         self.factor, self.applies = factor, applies
-        self._unscaled: dict[Optimizer, list[Any]] = {}
+        self._rates: dict[Optimizer, tuple[list[Any], list[Any]]] = {}  # of a step at work: before it, and in it
         self._hooks: list[Any] = []
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
@@ -30,20 +30,29 @@ class LearningRateFactor:
 
     def detach(self) -> None:
         """Take the hooks off the optimizers; a step that failed has not restored its learning rate."""
-        for optimizer in list(self._unscaled):
+        for optimizer in list(self._rates):
             self._restore(optimizer)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def _scale(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self.applies():
+            return
+        rates = [group["lr"] for group in optimizer.param_groups]
         # Once: an optimizer whose step calls its parent's may run its hooks for both, and what a step that failed left
-        # is not to be scaled again.
-        if self.applies() and optimizer not in self._unscaled:
-            self._unscaled[optimizer] = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self.factor
+        # is not to be scaled again, unless a scheduler has set it since.
+        if optimizer in self._rates and rates == self._rates[optimizer][1]:
+            return
+        scaled = [rate * self.factor for rate in rates]
+        self._rates[optimizer] = rates, scaled
+        self._set(optimizer, scaled)
 
     def _restore(self, optimizer: Optimizer, *_: Any) -> None:
-        for group, lr in zip(optimizer.param_groups, self._unscaled.pop(optimizer, []), strict=False):
-            group["lr"] = lr
+        if optimizer in self._rates:
+            self._set(optimizer, self._rates.pop(optimizer)[0])
+
+    @staticmethod
+    def _set(optimizer: Optimizer, rates: Iterable[Any]) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate

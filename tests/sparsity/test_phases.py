@@ -119,3 +119,35 @@ def test_a_step_that_failed_is_made_up_for_by_the_next():
     optimizer.step()
     assert parameter.item() == 0.5
     assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_scheduler_between_a_step_that_failed_and_the_next():
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    factor = LearningRateFactor(0.5, lambda: True)
+    factor.attach([optimizer])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    def fail():
+        raise RuntimeError("the closure")
+
+    with pytest.raises(RuntimeError, match="the closure"):
+        optimizer.step(fail)
+    scheduler.step()  # sets the learning rate that it means
+    parameter.grad = -torch.ones(())
+    optimizer.step()
+    assert parameter.item() == 0.5
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_gradients_that_never_come_are_said_with_advice(caplog):
+    phases, modules = SparsityPhases(density=0.3, interval=1, max_dense_steps=2), attentions()
+    phases.attach("M", modules)
+    for _ in range(2):
+        phases.before_batch(2)
+        for module in modules.values():
+            (0 * module(*torch.randn(3, 2, 2, 64, 8).requires_grad_()).sum()).backward()
+        phases.after_batch(ends_step=True)
+    assert "no layouts at step 2, though max_dense_steps is over" in caplog.text
+    assert phases.controller is not None
+    assert all("use mask='direct'" in missing for missing in phases.controller.missing)
