@@ -164,8 +164,9 @@ def provenance(name: str, content: Content) -> str:
     parts = [f"`{str(content['command']).replace('`', '')}`"]
     runs = content["runs"] if isinstance(content.get("runs"), list) else []
     # Runs are processes of their own, with threads of their own.
-    if own := unique(run.get("summary", {}).get("device") for run in runs):
-        parts.append(plain(" and ".join(own)).replace(" 1 threads", " 1 thread"))
+    devices = [str(run.get("summary", {}).get("device") or "").replace(" 1 threads", " 1 thread") for run in runs]
+    if own := unique(device or None for device in devices):
+        parts.append(plain(" and ".join(own)))
     else:
         parts.append(plain(content.get("device", "device not recorded")))
         if "threads" in content:

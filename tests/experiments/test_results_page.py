@@ -342,7 +342,7 @@ def test_runs_name_the_threads_and_commits_that_they_had():
     """Not those of the process that began them."""
     runs = [
         {"seed": 0, "commit": "a1", "summary": {"device": "a chip, 1 threads"}},
-        {"seed": 1, "commit": "b2", "summary": {"device": "a chip, 1 threads"}},
+        {"seed": 1, "commit": "b2", "summary": {"device": "a chip, 1 thread"}},
     ]
     text = provenance("x.json", {"command": "it", "device": "a chip", "threads": 2, "commit": "b2", "runs": runs})
     assert "`it`, a chip, 1 thread, commits a1, b2, seeds 0, 1" in text
