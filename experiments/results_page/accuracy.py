@@ -105,8 +105,8 @@ def accuracy(content: Content) -> Shown:
         count = len(left_out)
         runs_left = f"{count} run{'s' if count > 1 else ''}"
         text.append(
-            f"Left out: {runs_left} with other settings, or on other data, than the newest of their task, or without an "
-            f"accuracy."
+            f"Left out: {runs_left} with other settings, or on other data, than the newest of their task, or without "
+            f"an accuracy."
         )
     rows, slower = costs(runs, grid.ours)
     header = ["task", "method", "blocks kept", "dense phase, step ms", "step ms", "peak MiB", "training s"]
