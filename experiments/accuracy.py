@@ -170,20 +170,8 @@ def train(run: Run, folder: Path, environment: dict[str, str]) -> dict[str, Any]
 
 
 def read_runs(file: Path) -> list[dict[str, Any]]:
-    """What has been measured so far.
-
-    Raises:
-        ValueError: the file is none of ours.
-    """
-    if not file.is_file():
-        return []
-    try:
-        runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
-        if not all({"task", "method", "seed", "density", "options", "summary"} <= run.keys() for run in runs):
-            raise ValueError("a run lacks its options")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} holds no results of this experiment ({error}); give another --out") from error
-    return runs
+    """What has been measured so far; see :func:`record.read_runs`."""
+    return record.read_runs(file, {"task", "method", "seed", "density", "options", "summary"})
 
 
 def plan(args: argparse.Namespace) -> list[Run]:

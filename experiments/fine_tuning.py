@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> list[str]:
     failures = []
     out = args.out / f"{name}.json"
     with record.alone(out):
-        runs = read_runs(out)
+        runs = record.read_runs(out, {"method", "seed", "options", "summary"})
         done = [(run["method"], run["seed"], of_method(run["method"], run["options"])) for run in runs]
         missing = [each for each in dict.fromkeys(wanted) if each not in done]
         work = partial(train, args.config)
@@ -125,23 +125,6 @@ def measure(args: argparse.Namespace) -> list[str]:
     print(table(runs))
     print(f"written to {out}")
     return failures
-
-
-def read_runs(file: Path) -> list[dict[str, Any]]:
-    """What has been measured so far.
-
-    Raises:
-        ValueError: the file is none of ours.
-    """
-    if not file.is_file():
-        return []
-    try:
-        runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
-        if not all({"method", "seed", "options", "summary"} <= run.keys() for run in runs):
-            raise ValueError("a run lacks its options")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} holds no results of this experiment ({error}); give another --out") from error
-    return runs
 
 
 if __name__ == "__main__":

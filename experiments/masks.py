@@ -492,29 +492,14 @@ def main() -> None:
     try:
         with nullcontext() if args.table else record.alone(out):
             study(args, out)
-    except BlockingIOError as error:
+    except (BlockingIOError, ValueError) as error:
         parser.error(str(error))
-
-
-def read_runs(file: Path) -> list[dict[str, Any]]:
-    """What has been measured so far; ends with a sentence if the file is none of ours."""
-    if not file.is_file():
-        return []
-    try:
-        runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
-        if not all({"task", "seed", "rule", "settings", "accuracy"} <= run.keys() for run in runs):
-            raise ValueError("a run lacks its settings")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(
-            f"experiments.masks: {file} holds no results of this experiment ({error}); give another --out"
-        ) from error
-    return runs
 
 
 def study(args: argparse.Namespace, out: Path) -> None:
     """Train what is missing, and show what there is."""
     settings = {task: {"steps": args.steps or TASKS[task][3], "density": args.density} for task in TASKS}
-    runs = read_runs(out)
+    runs = record.read_runs(out, {"task", "seed", "rule", "settings", "accuracy"})
     console, lock = Console(), threading.Lock()
     done = {(r["task"], r["seed"], r["rule"]) for r in runs if r["settings"] == settings.get(r["task"])}
     groups = {

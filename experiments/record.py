@@ -68,6 +68,27 @@ def lose_nothing(path: Path, there: Callable[[Any], Collection[Any]], wanted: Co
         )
 
 
+def read_runs(file: Path, fields: Collection[str]) -> list[dict[str, Any]]:
+    """The runs that a file of results has; none where there is no file.
+
+    Args:
+        file: of the results.
+        fields: that each run has.
+
+    Raises:
+        ValueError: the file is none of this experiment.
+    """
+    if not file.is_file():
+        return []
+    try:
+        runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"]
+        if not all(set(fields) <= run.keys() for run in runs):
+            raise ValueError(f"a run lacks one of {', '.join(sorted(fields))}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} holds no results of this experiment ({error}); give another --out") from error
+    return runs
+
+
 def environment(device: str | None = None) -> dict[str, Any]:
     """Device, versions, commit and day.
 
