@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -154,6 +155,8 @@ def train(run: Run, folder: Path, environment: dict[str, str]) -> dict[str, Any]
                 raise KeyboardInterrupt
             if status:
                 last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+                if status < 0:  # its last line is no cause then
+                    last = f"ended by {signal.Signals(-status).name}, which a lack of memory does, too, after: {last}"
                 raise RuntimeError(f"{run.task}, {run.method}, seed {run.seed} failed: {last} ({log})")
             ended = [*place.glob(f"{name}/*/summary.json")]
         return ended[0]

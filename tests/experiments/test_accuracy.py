@@ -187,6 +187,17 @@ class TestRuns:
         assert "--ckpt_path" not in started[0]
         assert started[1][-2:] == ["--ckpt_path", "last"]
 
+    def test_a_killed_run_says_so(self, started, monkeypatch, capsys):
+        def execute(command: list[str], log: Path, environment: dict[str, str]) -> int:
+            log.write_text("step 329/1000")
+            return -9
+
+        monkeypatch.setattr(accuracy, "execute", execute)
+        refused(*DIGITS, "--methods", "dense")
+        assert "failed: ended by SIGKILL, which a lack of memory does, too, after: step 329/1000" in " ".join(
+            capsys.readouterr().out.split()
+        )
+
     def test_a_failed_run_does_not_stop_the_others(self, started, monkeypatch, capsys):
         good = _instead(0.5)
 
