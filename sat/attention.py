@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat import ops
-from sat.layout import BlockLayout, check_is_layout
+from sat.layout import BlockLayout, check_int, check_is_layout
 from sat.ops import checks
 from sat.ops.autocast import as_autocast_does
 from sat.ops.moments import skewness
@@ -51,8 +51,7 @@ class AdaptiveAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_heads", num_heads), ("seq_len", seq_len), ("block_size", block_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_int(name, value, 1)
         if block_size > seq_len:
             raise ValueError(f"block_size {block_size} exceeds seq_len {seq_len}; choose smaller blocks")
         if not 0 <= dropout < 1:

@@ -227,6 +227,7 @@ def pad_to_block_size(
         ``token_type_ids``, ``position_ids`` and ``inputs_embeds``; None where None was given, but for the mask.
 
     Raises:
+        TypeError: an input is no tensor.
         ValueError: neither ids nor embeddings were given, shapes that do not go together, or a block size below 1.
     """
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
@@ -236,7 +237,10 @@ def pad_to_block_size(
         raise ValueError("nothing to pad: give input_ids or inputs_embeds")
     expected = {"input_ids": 2, "attention_mask": 2, "token_type_ids": 2, "position_ids": 2, "inputs_embeds": 3}
     given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-    batch, length = tokens.shape[:2]
+    for name, x in zip(expected, given, strict=True):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    batch, length = (*tokens.shape, 0, 0)[:2]
     for (name, dims), x in zip(expected.items(), given, strict=True):
         batches = (1, batch) if name in ("token_type_ids", "position_ids") else (batch,)
         if x is not None and (x.dim() != dims or x.shape[1] != length or x.shape[0] not in batches):

@@ -226,12 +226,13 @@ def test_dropout_acts_in_training_only():
     ("arguments", "message"),
     [
         ({"num_heads": 0, "seq_len": 8}, "num_heads must be at least 1, got 0"),
+        ({"num_heads": 1, "seq_len": 24.0}, "seq_len must be an integer, got 24.0"),
         ({"num_heads": 1, "seq_len": 8, "block_size": 16}, "block_size 16 exceeds seq_len 8"),
         ({"num_heads": 1, "seq_len": 32, "dropout": 1.0}, "dropout must be at least 0 and below 1"),
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         AdaptiveAttention(**arguments)
 
 

@@ -458,6 +458,7 @@ def test_padding_changes_nothing_that_is_not_padded():
             lambda: pad_to_block_size(16, torch.ones(2, 3).long(), inputs_embeds=torch.ones(2, 4, 5)),
             r"inputs_embeds must have the shape \[2, 3, width\], got \[2, 4, 5\]",
         ),
+        (lambda: pad_to_block_size(16, torch.ones(3).long()), r"input_ids must have the shape"),
         (lambda: unpad_sequence_output(4, torch.ones(1, 4, 2)), "below the sequence's 4 tokens, got 4"),
         (lambda: unpad_sequence_output(-1, torch.ones(1, 4, 2)), "got -1"),
     ],
@@ -465,6 +466,11 @@ def test_padding_changes_nothing_that_is_not_padded():
 def test_bad_padding(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_padding_of_no_tensor():
+    with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
+        pad_to_block_size(16, [[1, 2]])
 
 
 def test_the_page_names_structures_that_exist(project_root):

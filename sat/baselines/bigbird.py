@@ -115,5 +115,6 @@ class BigBirdAttention(StructureAttention):
         for name, value in (("num_heads", num_heads), ("seq_len", seq_len), ("block_size", block_size)):
             check_int(name, value, 1)
         check_int("num_random_blocks", num_random_blocks, 0)
+        check_int("seed", seed, 0)
         structure = _RandomBlocks(num_heads, block_size, num_random_blocks, seed)
         super().__init__(num_heads, seq_len, structure, dropout=dropout, backend=backend)

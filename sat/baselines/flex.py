@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sat.baselines.structure import StructureAttention
 from sat.layout import BlockLayout
+from sat.ops import checks
 from sat.ops.autocast import as_autocast_does
 
 # Edge of FlexAttention's blocks: what its kernels are made for, forward and backward, on every GPU.
@@ -40,14 +41,19 @@ class FlexAttention(StructureAttention):
         """``[B, H, L, D]`` from query, key and value of that shape; bool masks ``[B, L]``, True = a real token.
 
         Raises:
-            ValueError: a bias, which this method does not take.
+            TypeError: a tensor of another kind.
+            ValueError: a bias, which this method does not take; tensors that do not go together.
         """
         if attn_bias is not None:
             raise ValueError("FlexAttention is measured without a bias; use StructureAttention, which takes attn_bias")
         query, key, value = as_autocast_does(query, key, value)
-        layout = self.layout_for(query.shape[2], query.device)
-        mask = self._block_mask(layout, query.shape[2], key_padding_mask)
-        attend = flex_attention if query.device.type == "cpu" else _compiled()
+        self._check(query, key, value)
+        batch, length, device = query.shape[0], query.shape[2], query.device
+        checks.check_padding("key_padding_mask", key_padding_mask, batch, length, device)
+        checks.check_padding("query_padding_mask", query_padding_mask, batch, length, device)
+        layout = self.layout_for(length, device)
+        mask = self._block_mask(layout, length, key_padding_mask)
+        attend = flex_attention if device.type == "cpu" else _compiled()
         context = attend(query, key, value, block_mask=mask)
         return context if query_padding_mask is None else context.masked_fill(~query_padding_mask[:, None, :, None], 0)
 

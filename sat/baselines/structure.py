@@ -85,13 +85,7 @@ class StructureAttention(nn.Module):
     ) -> Tensor:
         """``[B, H, L, D]`` from query, key and value of that shape; masks as in :class:`AdaptiveAttention`."""
         query, key, value = as_autocast_does(query, key, value)
-        checks.check_query_key(query, key, value)
-        heads, length = query.shape[1:3]
-        if heads != self.num_heads or key.shape[2] != length:
-            raise ValueError(
-                f"this attention was made for {self.num_heads} heads and as many keys as queries, got {heads} heads, "
-                f"{length} queries and {key.shape[2]} keys"
-            )
+        self._check(query, key, value)
         return ops.block_sparse_attention(
             query,
             key,
@@ -104,6 +98,15 @@ class StructureAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        checks.check_query_key(query, key, value)
+        heads, length = query.shape[1:3]
+        if heads != self.num_heads or key.shape[2] != length:
+            raise ValueError(
+                f"this attention was made for {self.num_heads} heads and as many keys as queries, got {heads} heads, "
+                f"{length} queries and {key.shape[2]} keys"
+            )
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

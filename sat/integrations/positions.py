@@ -139,6 +139,19 @@ def _extend_tokens(model: nn.Module, config: Any, embeddings: Any, tokenizer: An
     table = embeddings.position_embeddings
     weight = table.weight
     rows = len(weight)
+    others = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and module is not table
+        and "position" in path.rsplit(".", 1)[-1]
+        and module.num_embeddings == rows
+    ]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} has another table of positions, {others[0]}, of as many rows, and extending one "
+            f"of the two would not do; give it sequences of the length that it was made for"
+        )
     # The embeddings of RoBERTa and its kin know the padding token, to number the positions of the others from there on.
     offset = 0 if getattr(embeddings, "padding_idx", None) is None else embeddings.padding_idx + 1
     buffers = {

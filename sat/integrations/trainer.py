@@ -5,23 +5,27 @@ trainer = Trainer(model, args, train_dataset=..., callbacks=[SparsityCallback(de
 
 from __future__ import annotations
 
+import functools
 import logging
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sat import ops
 from sat.attention import AdaptiveAttention
 from sat.files import DamagedFile, read_state, reason, save_state
-from sat.integrations.transformers import prepare
+from sat.integrations.transformers import AFTER_SAVING, LAYOUTS_FILE, prepare, save_layouts, save_with_layouts
 from sat.sparsity import SparsityPhases
 
 logger = logging.getLogger(__name__)
 
 # Beside the weights in each of the Trainer's checkpoints.
 STATE_FILE = "sat_phases.pt"
+RUN = "sparsity_run"  # a number that tells trainings apart, in a line of state.log_history
 
 
 class SparsityCallback(SparsityPhases, TrainerCallback):
@@ -32,7 +36,8 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
     that the criterion compares stand in ``state.log_history``, and the number of sparse layers in what is printed.
     Checkpoints of the Trainer hold the state; ``resume_from_checkpoint`` goes on with it, and
     ``load_best_model_at_end`` brings the layouts of the best model back, or its dense phase. A second ``train()`` of
-    the same model goes on in the phase that the first one ended in.
+    the same model goes on in the phase that the first one ended in. A wrapper around a prepared model, such as PEFT's,
+    can be trained too; its checkpoints hold the layouts as well.
 
     Args:
         seq_len: the longest sequence in tokens, on which layouts are learned; by default what the model can take.
@@ -48,7 +53,8 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         super().__init__(**{"by_offset": False, **settings})
         self.seq_len, self.block_size, self.backend = seq_len, block_size, backend
         self._training = False
-        self._before = (0, 0)  # observations and steps of earlier trainings, which the Trainer's own count leaves out
+        self._run: float | None = None  # which training this is: in the Trainer's history and in the state
+        self._kept: Path | None = None  # the checkpoint whose saving has written the state already
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,14 +78,23 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         if not attentions:
             prepare(model, self.seq_len, self.block_size, backend=self.backend)
             attentions = _attentions(model)
+        save_with_layouts(model)  # where a part of it was prepared
         self.attach(type(model).__name__, attentions, rank=args.process_index, world_size=args.world_size)
         if state.global_step > 0:
-            self._resume(_checkpoint(args, state))
-            self._check_history(state)
+            saved = self._resume(_checkpoint(args, state))
+            self._run = next((line[RUN] for line in state.log_history if RUN in line), None)
+            if self._run != saved.get("run"):
+                raise ValueError(
+                    f"the checkpoint that is resumed and the {STATE_FILE} of step {state.global_step} in output_dir "
+                    f"belong to different runs; set output_dir to the folder that the checkpoint lies in"
+                )
         else:
-            self._before = len(self.history), self._steps
+            self._run = random.SystemRandom().getrandbits(48)
+            state.log_history.append({RUN: self._run, "step": 0})
         self.check_phases()
         self._training = True
+        if isinstance(model, PreTrainedModel):
+            AFTER_SAVING[model] = functools.partial(self._saved, args, state)
         optimizer = kwargs["optimizer"]
         self.attach_optimizers([getattr(optimizer, "optimizer", optimizer)])  # accelerate's wrapper calls the inner one
 
@@ -133,14 +148,22 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the state in the Trainer's checkpoint; the layouts lie there already, beside the weights."""
+        """Keep the state in the Trainer's checkpoint, where the model was saved without its ``save_pretrained``."""
         if not args.should_save:
             return
         folder = _checkpoint(args, state)
-        if folder.is_dir():
-            save_state({**self.state_dict(), "before": list(self._before)}, folder / STATE_FILE)
-        else:
+        if not folder.is_dir():
             logger.warning("there is no %s, so that the state of sparsity at this step is not saved", folder)
+        elif folder.resolve() != self._kept:
+            self._keep(kwargs["model"], folder)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The layouts go to the hub with the weights, of which the Trainer copies those files that it knows."""
+        layouts = _checkpoint(args, state) / LAYOUTS_FILE
+        if self._training and layouts.is_file():
+            shutil.copy(layouts, Path(args.output_dir or ".") / LAYOUTS_FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,22 +171,28 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         """Leave the optimizer as it was; the best model, if it is loaded now, has its own layouts."""
         self._training = False
         self.detach_optimizers()
+        AFTER_SAVING.pop(kwargs["model"], None)
+        self._kept = None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._resume(Path(state.best_model_checkpoint))
 
-    def _check_history(self, state: TrainerState) -> None:
-        """That the state is of the run whose history the Trainer has read, which may lie in another folder."""
-        theirs = [(line["step"], line["layer0/skewness"]) for line in state.log_history if "layer0/skewness" in line]
-        observations, steps = self._before
-        here = self.history[observations:]
-        ours = [(record["step"] - steps, record["layers"][0]["skewness"]) for record in here]
-        if ours != theirs:
-            raise ValueError(
-                f"the checkpoint that is resumed and the {STATE_FILE} of step {state.global_step} in output_dir belong "
-                f"to different runs; set output_dir to the folder that the checkpoint lies in"
-            )
+    def _saved(self, args: TrainingArguments, state: TrainerState, model: nn.Module, folder: Path) -> None:
+        """Write the state while the model is written to a checkpoint.
 
-    def _resume(self, folder: Path) -> None:
+        ``on_save`` comes after the checkpoint has been pushed to the hub, and of a checkpoint that is made because the
+        process is about to be ended it does not come at all.
+        """
+        if args.should_save and folder.name == f"checkpoint-{state.global_step}":
+            self._keep(model, folder)
+
+    def _keep(self, model: nn.Module, folder: Path) -> None:
+        """Write the state, and the layouts where the model has not done so, to a checkpoint."""
+        if not isinstance(model, PreTrainedModel):
+            save_layouts(model, folder)
+        save_state({**self.state_dict(), "run": self._run}, folder / STATE_FILE)
+        self._kept = folder.resolve()
+
+    def _resume(self, folder: Path) -> dict[str, Any]:
         """Take the state and the layouts from a checkpoint."""
         path = folder / STATE_FILE
         if not path.is_file():
@@ -174,13 +203,12 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
         try:
             saved = read_state(path)
             self.load_state_dict(saved)
-            observations, steps = saved.get("before", (0, 0))
         except (DamagedFile, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not whole ({reason(error)}); resume from another checkpoint") from error
-        self._before = observations, steps
         assert self.controller is not None
         for attention, layout in zip(self.attentions.values(), self.controller.layouts, strict=True):
             attention.set_layout(layout)
+        return saved
 
 
 def _attentions(model: nn.Module) -> dict[str, AdaptiveAttention]:

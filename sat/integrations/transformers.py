@@ -11,10 +11,13 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_args
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat import ops
@@ -61,6 +64,9 @@ FORMAT_VERSION = 1
 # Numbers at or below this in a floating-point mask mean "masked": models write -10000 or their dtype's smallest number.
 # Only -inf keeps a query from attending to them where its layout leaves it nothing else.
 MASKED = -1e4
+
+# What else belongs beside a model's weights, while it is trained. Copies of the model are not in here.
+AFTER_SAVING: WeakKeyDictionary[nn.Module, Callable[[nn.Module, Path], None]] = WeakKeyDictionary()
 
 # Layouts for longer sequences than this must be asked for: they take memory by the square of the length.
 LONGEST_DEFAULT = 16_384
@@ -142,6 +148,12 @@ def prepare(
     for name, module in modules.items():
         device = next((parameter.device for parameter in module.parameters()), model.device)
         module.sat = states[name].to(device).train(module.training)
+    save_with_layouts(model)
+    return states
+
+
+def save_with_layouts(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of a model with prepared parts write plain weights, and the layouts beside them."""
     for part in model.modules():
         if not isinstance(part, PreTrainedModel) or not (names := _states(part)) or "save_pretrained" in vars(part):
             continue
@@ -150,17 +162,22 @@ def prepare(
         # A partial of a function by name, and no method: copies and pickles of the model then hold their own.
         part.save_pretrained = functools.partial(_save_pretrained, part)  # type: ignore[method-assign]
         part.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
-    return states
 
 
-def save_layouts(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+def save_layouts(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write layouts, phase and sizes of a prepared model to ``sat_layouts.safetensors`` in a folder.
 
     ``model.save_pretrained`` does it too. An existing file is replaced whole or not at all.
 
+    Args:
+        model: the model, or a wrapper around it: compiled, parallel, or one of PEFT's.
+        folder: made if it is missing.
+
     Raises:
+        TypeError: ``model`` is and holds no model of transformers.
         ValueError: the model is not prepared.
     """
+    model = _inside(model)
     states = _states(model)
     if not states:
         raise ValueError(
@@ -182,11 +199,12 @@ def save_layouts(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None
     save_tensors(masks, Path(folder) / LAYOUTS_FILE, metadata)
 
 
-def load_layouts(model: PreTrainedModel, name_or_path: str | os.PathLike[str]) -> dict[str, AdaptiveAttention]:
+def load_layouts(model: nn.Module, name_or_path: str | os.PathLike[str]) -> dict[str, AdaptiveAttention]:
     """Bring back what :func:`save_layouts` or ``model.save_pretrained`` wrote: layouts, phase and sizes.
 
     Args:
-        model: the model whose layouts these are, or the same with another head; prepared here if it is not.
+        model: the model whose layouts these are, or the same with another head, or a wrapper around it; prepared here
+            if it is not.
         name_or_path: the folder, or the model's name on the Hugging Face hub.
 
     Returns:
@@ -197,6 +215,7 @@ def load_layouts(model: PreTrainedModel, name_or_path: str | os.PathLike[str]) -
         ValueError: the file is cut short, of a newer version or of another model; or the model was prepared with
             other sizes.
     """
+    model = _inside(model)
     path = _layouts_file(name_or_path)
     try:
         metadata, masks = read_safetensors(path)
@@ -308,7 +327,11 @@ def _attention(
     if state is not None and state.block_gate is not None:
         query, key, value = as_autocast_does(*(x[: state.observe_samples] for x in (query, key, value)))
         key, value = _repeated(key, query), _repeated(value, query)
-        context = state.watch(context.transpose(1, 2), query, key, value, padding, scaling).transpose(1, 2)
+        width, scaling = value.shape[-1], query.shape[-1] ** -0.5 if scaling is None else scaling
+        (context,) = _of_one_width(context.transpose(1, 2), width=max(width, query.shape[-1]))
+        query, key, value = _of_one_width(query, key, value)
+        context = state.watch(context, query, key, value, padding, scaling)
+        context = context[..., :width].transpose(1, 2)
     return context, None
 
 
@@ -402,6 +425,8 @@ def _sparse_attention(
         )
     if (position_bias := kwargs.get("position_bias")) is not None:
         bias = position_bias if bias is None else position_bias + bias
+    width, scaling = value.shape[-1], query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = _of_one_width(query, key, value)
     queries = padding
     if position_bias is None and state.block_gate is not None:  # which knows of padding, but of no bias
         padding, bias = _as_padding(padding, bias, query)
@@ -415,7 +440,7 @@ def _sparse_attention(
         scale=scaling,
         dropout_p=dropout,
     )
-    return context.transpose(1, 2).contiguous()
+    return context[..., :width].transpose(1, 2).contiguous()
 
 
 def _observe(
@@ -430,7 +455,7 @@ def _observe(
     """Leave statistics in the state; gives the padding mask that they were made with."""
     padding, bias = _as_padding(padding, bias, query)
     if bias is not None or kwargs.get("position_bias") is not None:
-        what = "a mask of queries by keys" if bias is not None else "a position bias"
+        what = "a position bias" if bias is None else "a mask of queries by keys, or one that weighs keys"
         raise ValueError(
             f"attention cannot be observed under {what}: its statistics would not know of it; give the model a padding "
             f"mask [batch, tokens] and unpacked sequences, or set layouts by hand with set_layout"
@@ -443,10 +468,22 @@ def _observe(
 
 
 def _as_padding(padding: Tensor | None, bias: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Padding that the model itself has extended, 0 for tokens and the smallest number elsewhere, as a padding mask."""
-    if bias is None or bias.shape[1] > 1 or bias.shape[2] > 1:
+    """Padding that the model itself has extended, 0 for tokens and the smallest number elsewhere, as a padding mask.
+
+    Other numbers are a bias of the scores, and stay one.
+    """
+    if bias is None or bias.shape[1] > 1 or bias.shape[2] > 1 or ((bias != 0) & (bias > -torch.inf)).any():
         return padding, bias
     return (bias[:, 0, 0] > -torch.inf).expand(query.shape[0], -1), None
+
+
+def _of_one_width(*tensors: Tensor, width: int = 0) -> list[Tensor]:
+    """Zeros beside what is narrower; they change no product.
+
+    Values of multi-head latent attention are narrower than its keys.
+    """
+    width = max(width, *(x.shape[-1] for x in tensors))
+    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors]
 
 
 def _repeated(x: Tensor, query: Tensor) -> Tensor:
@@ -559,7 +596,7 @@ def _positions(model: PreTrainedModel) -> int:
         # Those with a padding index number their positions from the next one on.
         length = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
     elif table is not None and table.dim() == 3:
-        length = table.shape[1]  # patches and special tokens
+        length = table.shape[1] + getattr(model.config, "num_register_tokens", 0)  # patches and special tokens
     if not isinstance(length, int) or not 1 <= length <= LONGEST_DEFAULT:
         what = "does not tell how many tokens it takes" if length is None else f"takes up to {length} tokens"
         raise ValueError(f"{type(model).__name__} {what}; pass seq_len, the longest sequence of yours in tokens")
@@ -580,6 +617,22 @@ def _use_sat(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
             f"transformers cannot switch the attention of {type(model).__name__}; load it with "
             f'attn_implementation="sat"'
         )
+
+
+def _inside(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers itself, without what is wrapped around it.
+
+    Raises:
+        TypeError: there is none.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    for module in modules:  # from the outside in
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(
+        f"layouts belong to a model of Hugging Face transformers, got {type(model).__name__}; pass the model that "
+        f"prepare was given, or a wrapper around it"
+    )
 
 
 def _base_name(model: PreTrainedModel, name: str) -> str:
@@ -604,6 +657,8 @@ def _save_pretrained(
     if not is_main_process or not Path(save_directory).is_dir():
         return
     save_layouts(model, save_directory)
+    if (after := AFTER_SAVING.get(model)) is not None:
+        after(model, Path(save_directory))
     if push_to_hub:
         repo_id = upload.pop("repo_id", Path(save_directory).name)
         sizes = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}

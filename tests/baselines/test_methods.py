@@ -131,6 +131,48 @@ def test_explicit_does_not_overflow_in_half_precision():
     assert ExplicitAttention(1, 4)(query, query, query).isfinite().all()
 
 
+def test_explicit_drops_weights_in_training():
+    attention = ExplicitAttention(2, 400, dropout=0.25)
+    query, key, _ = random_heads(400)
+    value = torch.ones(2, 2, 400, 1, dtype=torch.float64).expand(-1, -1, -1, 8)
+    sums = attention(query, key, value)[..., 0]  # of the weights that are left, which are larger by a third
+    assert sums.std() > 0.01
+    assert sums.mean().item() == pytest.approx(1, abs=0.02)
+    torch.testing.assert_close(attention.eval()(query, key, value), value)
+
+
+@pytest.mark.parametrize("make", [ExplicitAttention, lambda *sizes: FlexAttention(*sizes, patterns.BigBird(2, 8))])
+def test_what_does_not_fit_is_refused(make):
+    attention = make(2, 60)
+    query = torch.randn(2, 2, 60, 8)
+    wrong: list[tuple[tuple[Tensor, ...], dict[str, Tensor], str]] = [
+        ((query[:, :1],) * 3, {}, "made for 2 heads.*got 1"),
+        ((query, query.double(), query), {}, "query is torch.float32 but key is torch.float64"),
+        (
+            (query,) * 3,
+            {"key_padding_mask": torch.ones(2, 70, dtype=torch.bool)},
+            r"the shape \[2, 60\], got \[2, 70\]",
+        ),
+        ((query,) * 3, {"key_padding_mask": torch.ones(2, 60).int()}, "key_padding_mask must be a bool tensor"),
+        ((query,) * 3, {"query_padding_mask": torch.ones(1, 60).bool()}, r"query_padding_mask must have the shape"),
+    ]
+    for tensors, masks, message in wrong:
+        with pytest.raises((TypeError, ValueError), match=message):
+            attention(*tensors, **masks)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ExplicitAttention(2, 60, dropout=1.5), "dropout"),
+        (lambda: BigBirdAttention(2, 60, seed=1.5), "seed must be an integer, got 1.5"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
 @pytest.mark.parametrize("structure", [patterns.Fixed(2, 8, attention="unidirectional"), patterns.BigBird(2, 8)])
 def test_structure_computes_its_blocks(structure):
     attention = StructureAttention(2, 60, structure)

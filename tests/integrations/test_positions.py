@@ -401,6 +401,13 @@ TWO_TOWERS = {
         # What is kept in ways not known.
         (lambda: text_model("gpt2", n_embd=16), 47, ValueError, "GPT2Model has 0 tables named position_embeddings"),
         (lambda: transformers.FlavaModel(transformers.FlavaConfig(**TWO_TOWERS)), 47, ValueError, "2 tables .*one by"),
+        (lambda: text_model("lilt", hidden_size=24), 47, ValueError, "another table of positions.*box_position_embed"),
+        (
+            lambda: text_model("visual_bert", visual_embedding_dim=8),
+            47,
+            ValueError,
+            "another table of positions, .*visual_position_embeddings, .*extending one of the two would not do",
+        ),
         (lambda: text_model("nystromformer"), 47, ValueError, "22 positions .* not numbered as in BERT or RoBERTa"),
         (bert_of_another_numbering, 47, ValueError, "20 positions of BertModel are not numbered"),
         (bert_with_another_config, 47, ValueError, "20 positions .*config.max_position_embeddings .30. - 1"),

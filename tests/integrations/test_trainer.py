@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from sat.integrations.trainer import STATE_FILE, SparsityCallback  # noqa: E402
-from sat.integrations.transformers import load_layouts, prepare  # noqa: E402
+from sat.integrations.transformers import LAYOUTS_FILE, load_layouts, prepare  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*pin_memory.*:UserWarning", "ignore:.*no accelerator is found.*:UserWarning"
@@ -131,6 +132,105 @@ def test_a_resumed_run_is_the_whole_run(tmp_path, stop):
         make_trainer(tmp_path / "whole", SparsityCallback(**SETTINGS)).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize("stop", [3, 7])
+def test_a_checkpoint_made_because_the_process_is_about_to_end_can_be_resumed(tmp_path, stop):
+    class End(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == stop:  # what SIGTERM brings about, after some seconds
+                for callback in trainer.callback_handler.callbacks:
+                    if type(callback).__name__ == "JITCheckpointCallback":
+                        callback.jit_manager.is_checkpoint_requested = True
+
+    whole = SparsityCallback(**SETTINGS)
+    make_trainer(tmp_path / "whole", whole, save_strategy="no").train()
+    options = {"save_strategy": "no", "enable_jit_checkpoint": True}
+    trainer = make_trainer(tmp_path, SparsityCallback(**SETTINGS), **options)
+    trainer.add_callback(End())
+    trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{stop}"]
+    callback = SparsityCallback(**SETTINGS)
+    resumed = make_trainer(tmp_path, callback, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == callback._steps == 12
+    assert [(t.layer, t.step) for t in callback.transitions] == [(t.layer, t.step) for t in whole.transitions]
+    assert [record["step"] for record in callback.history] == [record["step"] for record in whole.history]
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_what_goes_to_the_hub_during_training_is_whole(tmp_path, monkeypatch, strategy):
+    pushed: dict[str | None, set[str]] = {}
+
+    class Hub:
+        def upload_folder(self, folder_path, path_in_repo=None, **kwargs):
+            pushed[path_in_repo] = {path.name for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *args, **kwargs: Hub())
+    monkeypatch.setattr(transformers.trainer, "PushInProgress", lambda jobs: None)
+    trainer = make_trainer(tmp_path, SparsityCallback(**SETTINGS), steps=8, save_steps=8)
+    trainer.args.push_to_hub, trainer.args.hub_strategy = True, transformers.trainer_utils.HubStrategy(strategy)
+    trainer.hub_model_id, trainer.push_in_progress = "me/model", None
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.train()
+    assert pushed[None] >= {"model.safetensors", LAYOUTS_FILE}
+    layouts = (tmp_path / "checkpoint-8" / LAYOUTS_FILE).read_bytes()
+    assert (tmp_path / LAYOUTS_FILE).read_bytes() == layouts
+    if strategy == "checkpoint":
+        assert pushed["last-checkpoint"] >= {"model.safetensors", LAYOUTS_FILE, STATE_FILE}
+
+
+class Wrapper(torch.nn.Module):
+    """What PEFT puts around a model, reduced to what the Trainer and SAT see of it."""
+
+    def __init__(self, inside: Any) -> None:
+        super().__init__()
+        self.inside, self.config = inside, inside.config
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None, **more: Any) -> Any:
+        return self.inside(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **more)
+
+
+def test_checkpoints_of_a_wrapped_model_hold_its_layouts(tmp_path):
+    callback = SparsityCallback(**SETTINGS)
+    trainer = make_trainer(tmp_path, callback, steps=8)
+    prepare(trainer.model, 24, 4)
+    trainer.model = trainer.model_wrapped = Wrapper(trainer.model)
+    trainer.train()
+    states = load_layouts(make_model(), tmp_path / "checkpoint-8")
+    for state, layout in zip(states.values(), callback.layouts.values(), strict=True):
+        assert torch.equal(state.layout.mask, layout.mask)
+    assert (tmp_path / "checkpoint-8" / STATE_FILE).is_file()
+
+
+def test_a_model_of_which_a_part_was_prepared_is_saved_with_its_layouts(tmp_path):
+    callback = SparsityCallback(**SETTINGS)
+    trainer = make_trainer(tmp_path, callback, steps=8)
+    prepare(trainer.model.bert, 24, 4)
+    trainer.train()
+    model, info = transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path / "checkpoint-8", output_loading_info=True
+    )
+    assert not info["unexpected_keys"]
+    assert all(state.is_sparse for state in load_layouts(model, tmp_path / "checkpoint-8").values())
+
+
+def test_a_copy_that_is_made_while_training_saves_its_own_weights(tmp_path):
+    copies: list[Any] = []
+
+    class Copy(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                copies.append(copy.deepcopy(kwargs["model"]))
+
+    trainer = make_trainer(tmp_path, SparsityCallback(**SETTINGS), steps=8)
+    trainer.add_callback(Copy())
+    trainer.train()
+    copies[0].save_pretrained(tmp_path / "copy")
+    saved = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "copy")
+    name, weight = next(iter(copies[0].named_parameters()))
+    assert torch.equal(saved.get_parameter(name), weight)
+    assert not torch.equal(trainer.model.get_parameter(name), weight)
+
+
 def test_checkpoints_hold_layouts_that_one_call_brings_back(tmp_path):
     callback = SparsityCallback(**SETTINGS)
     trainer = make_trainer(tmp_path, callback)
@@ -208,6 +308,15 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     trainer = make_trainer(tmp_path / "other", SparsityCallback(**SETTINGS))
     with pytest.raises(ValueError, match="belong to different runs; set output_dir to the folder"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-8"))
+
+
+def test_the_state_of_another_run_is_refused_where_nothing_was_observed(tmp_path):
+    settings = {"block_size": 4, "density": 0.5, "start": "bigbird", "interval": 1, "revise_interval": 50}
+    for seed, name in enumerate(("one", "other")):
+        make_trainer(tmp_path / name, SparsityCallback(**settings, seed=seed), steps=4).train()
+    trainer = make_trainer(tmp_path / "other", SparsityCallback(**settings), steps=6)
+    with pytest.raises(ValueError, match="belong to different runs; set output_dir to the folder"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
 
 
 def test_a_prepared_model_keeps_its_sizes(tmp_path):
@@ -316,14 +425,64 @@ def test_a_guard_without_evaluation_is_warned_of(tmp_path, caplog):
     assert "guard=0.5 goes by the loss on evaluation data; without an eval_strategy it does nothing" in caplog.text
 
 
-def test_only_evaluations_of_the_training_count_for_the_guard(tmp_path):
-    callback = SparsityCallback(**SETTINGS, guard=0.5)
-    trainer = make_trainer(tmp_path, callback, steps=8, eval_strategy="steps", eval_steps=2)
+class Losses(transformers.TrainerCallback):
+    """Evaluation losses by the step, in the place of those measured."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name in list(kwargs["metrics"]):
+            if name.endswith("_loss"):
+                kwargs["metrics"][name] = 1.0 if state.global_step < 6 else 2.0
+
+
+class Elsewhere(transformers.TrainerCallback):
+    """Another evaluation, during the training, of data that got worse before the switch."""
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (5, 9):
+            self.trainer.evaluate(make_samples(4), metric_key_prefix="test")
+            self.done.append(state.global_step)
+
+
+def guarded(folder: Path) -> tuple[SparsityCallback, Any, Elsewhere]:
+    # No better than with a fifth of the blocks however many are added: in the end everything is dense again.
+    settings = SETTINGS | {"density": 0.2, "keep_first_tokens": 0, "guard": 0.5, "guard_patience": 1}
+    callback = SparsityCallback(**settings)
+    trainer = make_trainer(folder, callback, steps=16, eval_strategy="steps", eval_steps=2)
+    trainer.callback_handler.callbacks.insert(0, Losses())
+    trainer.add_callback(elsewhere := Elsewhere())
+    elsewhere.trainer = trainer
+    return callback, trainer, elsewhere
+
+
+def test_the_guard_goes_by_the_evaluations_of_the_training(tmp_path):
+    callback, trainer, elsewhere = guarded(tmp_path)
+    judged: list[float] = []
+    after = callback.after_validation
+
+    def after_validation(loss: float) -> None:
+        judged.append(loss)
+        after(loss)
+
+    callback.after_validation = after_validation
     trainer.train()
+    assert judged == [1.0] * 2 + [2.0] * 6
+    assert elsewhere.done == [5, 9]
+    assert callback.controller.gave_up_at is not None or callback.revisions, "the loss doubled, nothing was done"
     latest = callback._guard.state_dict()
-    assert "test_loss" in trainer.evaluate(make_samples(8), metric_key_prefix="test")
-    trainer.evaluate(make_samples(4))
+    trainer.evaluate(make_samples(4))  # not the training's either
     assert callback._guard.state_dict() == latest
+    assert len(judged) == 8
+    again, resumed, _ = guarded(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert again.controller.gave_up_at == callback.controller.gave_up_at
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_the_guard_needs_the_loss_of_one_evaluation(tmp_path):
     several = make_trainer(tmp_path / "several", SparsityCallback(**SETTINGS, guard=0.5), eval_strategy="steps",
                            eval_steps=2)  # fmt: skip
     several.eval_dataset = {"a": make_samples(8), "b": make_samples(4)}

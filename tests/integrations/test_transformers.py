@@ -30,8 +30,12 @@ from transformers import (
     CLIPTextModel,
     DebertaV2Config,
     DebertaV2Model,
+    DeepseekV3Config,
+    DeepseekV3Model,
     DeiTConfig,
     DeiTModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     DistilBertConfig,
     DistilBertModel,
     GPT2Config,
@@ -99,8 +103,29 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Callable[[], Any]]] = {
             vocab_size=50, n_embd=32, n_layer=2, n_head=HEADS, n_positions=48, bos_token_id=1, eos_token_id=2
         ),
     ),
+    # Values narrower than queries and keys.
+    "deepseek": (
+        DeepseekV3Model,
+        lambda: DeepseekV3Config(
+            **TEXT,
+            **SPECIAL,
+            num_key_value_heads=HEADS,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=6,
+            first_k_dense_replace=2,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        ),
+    ),
     "decoder": (BertLMHeadModel, lambda: BertConfig(**TEXT, is_decoder=True)),
 }
+CAUSAL = ("llama", "gpt2", "deepseek", "decoder")
 TEXTS = [name for name in MODELS if name not in ("vit", "deit")]
 CASES = [
     (name, padding) for name in MODELS for padding in ("none", "right", "left") if name in TEXTS or padding == "none"
@@ -130,7 +155,7 @@ def batch_of(name: str, padding: str = "none", length: int = LENGTH) -> dict[str
     if padding != "none":
         mask = torch.arange(length) < torch.tensor([length, 20, 9])[:, None]
         batch["attention_mask"] = (mask if padding == "right" else mask.flip(1)).long()
-    if name in ("llama", "gpt2", "decoder"):
+    if name in CAUSAL:
         batch["use_cache"] = False
     return batch
 
@@ -401,7 +426,7 @@ def test_padding_never_leaks(name: str, padding: str, sparse: bool) -> None:
     batch["input_ids"] = torch.where(real, batch["input_ids"], (batch["input_ids"] + 7) % 40 + 5)
     after = features(model, batch)
     assert torch.equal(before[real], after[real])
-    if padding == "left" or name not in ("llama", "gpt2", "decoder"):  # causal models look at nothing to their right
+    if padding == "left" or name not in CAUSAL:  # causal models look at nothing to their right
         assert not torch.equal(features(model, {**batch, "attention_mask": None})[real], after[real])
 
 
@@ -570,7 +595,7 @@ def test_statistics_are_those_of_the_models_queries_and_keys(name: str, padding:
             BLOCK,
             key_padding_mask=mask,
             query_padding_mask=mask,
-            is_causal=name in ("llama", "gpt2"),
+            is_causal=name in CAUSAL,
             scale=scale,
             score_matrix=True,
         )
@@ -588,7 +613,7 @@ def test_statistics_are_those_of_the_models_queries_and_keys(name: str, padding:
 
 
 @pytest.mark.parametrize("padding", ["none", "right"])
-@pytest.mark.parametrize("name", ["bert", "vit", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "gpt2", "deepseek"])
 def test_the_sensitivity_is_that_of_the_models_own_backward_pass(name: str, padding: str) -> None:
     model, batch = make(name), batch_of(name, padding)
     plain = features(model, batch)
@@ -620,13 +645,15 @@ def test_the_sensitivity_is_that_of_the_models_own_backward_pass(name: str, padd
         gradient = context.grad
         assert gradient is not None
         mask = batch.get("attention_mask")
+        narrower = query.shape[3] - value.shape[3]
+        value, gradient = F.pad(value, (0, narrower)), F.pad(gradient.transpose(1, 2), (0, narrower))
         expected = ops.block_sensitivity(
             query[:2],
             *(x[:2].repeat_interleave(HEADS // x.shape[1], 1) for x in (key, value)),
-            gradient[:2].transpose(1, 2),
+            gradient[:2],
             BLOCK,
             key_padding_mask=None if mask is None else mask[:2].bool(),
-            is_causal=name in ("llama", "gpt2"),
+            is_causal=name in CAUSAL,
             scale=float(query.shape[3] ** -0.5),
         )
         assert state.block_gate is not None
@@ -679,6 +706,8 @@ def test_causality_is_what_the_model_asks_for() -> None:
 
 def test_which_modules_are_prepared_and_how() -> None:
     lengths = {"bert": 48, "roberta": 48, "distilbert": 48, "modernbert": 48, "vit": 37, "deit": 38, "llama": 48}
+    registers = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**IMAGE))
+    assert [state.seq_len for state in prepare(registers).values()] == [41, 41]
     for name, seq_len in lengths.items():
         model = make(name, "sdpa")
         states = prepare(model)
@@ -811,6 +840,16 @@ def test_layouts_alone_and_parts_and_other_processes(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["sat_layouts.safetensors"]
     other = load_layouts(make("bert"), tmp_path / "new")
     assert all(torch.equal(a.layout_mask, b.layout_mask) for a, b in zip(states.values(), other.values(), strict=True))
+    # What is wrapped around a model changes no name.
+    for wrapper in (torch.compile, nn.DataParallel):
+        save_layouts(wrapper(model), tmp_path / "wrapped")
+        other = load_layouts(wrapper(make("bert")), tmp_path / "wrapped")
+        assert list(other) == list(states)
+        for a, b in zip(states.values(), other.values(), strict=True):
+            assert torch.equal(a.layout_mask, b.layout_mask)
+    for call in (save_layouts, load_layouts):
+        with pytest.raises(TypeError, match="belong to a model of Hugging Face transformers, got Linear; pass the"):
+            call(nn.Linear(1, 1), tmp_path / "new")
     model.save_pretrained(tmp_path / "second", is_main_process=False)
     assert not (tmp_path / "second" / "sat_layouts.safetensors").exists()
     # A part saves plain weights too, and its layouts.
@@ -1042,6 +1081,8 @@ def test_masks_that_statistics_or_pruned_logits_cannot_serve() -> None:
         state.observe_samples = 1
     with pytest.raises(ValueError, match="cannot be observed under a mask of queries by keys"):
         features(model, {**batch, "attention_mask": mask})
+    with pytest.raises(ValueError, match=r"cannot be observed under .* or one that weighs keys"):
+        features(model, {**batch, "attention_mask": torch.randn(3, 1, 1, LENGTH)})
     # A mask that the model extended itself tells padding.
     padding = batch_of("bert", "right")["attention_mask"]
     features(model, {**batch, "attention_mask": padding})
