@@ -99,7 +99,10 @@ def build_parser(data_name: str, pretrained: bool = False) -> ArgumentParser:
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP)
     parser.add_argument("--trainer.accelerator", type=str, default="auto", help="auto, cpu, gpu or mps")
     parser.add_argument(
-        "--trainer.strategy", type=str, default="auto", help="auto, ddp, fsdp2, or another of Lightning's names"
+        "--trainer.strategy",
+        type=str,
+        default="auto",
+        help="auto, ddp, fsdp2, or another of Lightning's names that neither forks nor spawns processes",
     )
     return parser
 
@@ -227,6 +230,10 @@ def check_trainer(options: Namespace) -> None:
         raise ValueError(f"trainer.max_steps must be at least 1 (or -1: as max_epochs says), got {options.max_steps}")
     if options.max_steps == -1 and options.max_epochs in (None, -1, 0):
         raise ValueError("the learning rate's cycle needs the number of steps; set trainer.max_steps or max_epochs")
+    if options.max_epochs == 0:
+        raise ValueError("trainer.max_epochs is 0, which trains nothing; raise it, or leave it out")
+    if options.limit_train_batches == 0:
+        raise ValueError("trainer.limit_train_batches is 0, which trains nothing; raise it, or leave it out")
     if options.accumulate_grad_batches < 1:
         raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {options.accumulate_grad_batches}")
     interval = options.val_check_interval

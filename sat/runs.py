@@ -103,6 +103,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"it has {size:,} bytes, a config at most {LONGEST_CONFIG:,}")
         text = path.read_text(encoding="utf-8")
         _check_yaml(text)
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         content = yaml.safe_load(text)
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.ScalarEvent):  # a text may be YAML again where options are mappings
@@ -136,6 +137,19 @@ def _check_yaml(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST_CONFIG:
             raise ValueError(f"it is nested more than {DEEPEST_CONFIG} levels deep")
+
+
+def _check_keys(node: yaml.Node | None) -> None:
+    """Refuse a key that a mapping has twice, of which YAML's reader would take the last and drop the first."""
+    seen: dict[str, int] = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if (before := seen.setdefault(key.value, line)) != line:
+                raise ValueError(f"it has {shortened(key.value)} twice, in line {before} and in line {line}; join them")
+        _check_keys(value)
+    for value in node.value if isinstance(node, yaml.SequenceNode) else ():
+        _check_keys(value)
 
 
 def _keys(content: Any) -> Iterator[Any]:

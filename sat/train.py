@@ -25,6 +25,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -61,6 +62,7 @@ class Run:
             raise ValueError(
                 f"--estimate is of a whole run, not of the rest of one; leave --ckpt_path {args.ckpt_path} out"
             )
+        check_trainer(args.trainer)
         seed_everything(args.seed, verbose=False)
         self.data = data = make_data(args)
         self.model = model = make_model(args, data)
@@ -79,6 +81,11 @@ class Run:
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             model.compile(fullgraph=True)
         self.sparsity = self._make_sparsity(args)
+        if self.sparsity is not None and self.sparsity.guard is not None and args.trainer.limit_val_batches == 0:
+            raise ValueError(
+                f"sparsity.guard={self.sparsity.guard} goes by the loss on validation data, and with "
+                f"trainer.limit_val_batches=0 there is none; validate, or set the guard to null"
+            )
         checkpoint = checkpoints.find_checkpoint(args.ckpt_path, Path(args.output_dir) / args.name)
         self.folder = runs.run_folder(Path(args.output_dir), args.name, checkpoint)
         self.new = not self.folder.exists()
@@ -91,6 +98,7 @@ class Run:
             checkpoints.check_checkpoint(self.checkpoint, self.module, model)
         elif args.init_from is not None:
             self.weights = checkpoints.find_weights(args.init_from)
+            checkpoints.check_drawn(self.weights, args.data.as_dict())
             learned = checkpoints.load_weights(self.weights, self.module, pictures=data.pixel_tokens)
             self.new_head = learned.new_head
             self.carried = self._carry(learned, args.init_layouts)
@@ -106,7 +114,6 @@ class Run:
         self.monitor = Monitor(self.sparsity, console, args.model.attention)
         self.save_last = SaveLast(self.last)
         self.save_last.stale = self.checkpoint not in (None, self.last)
-        check_trainer(args.trainer)
         if not 1 <= args.process_timeout <= LONGEST_TIMEOUT:
             raise ValueError(f"process_timeout must be 1 to {LONGEST_TIMEOUT:,} seconds, got {args.process_timeout}")
         self.best = ModelCheckpoint(
@@ -120,6 +127,11 @@ class Run:
         self._trainer_options = args.trainer.as_dict()
         loggers = [CSVLogger(self.folder, name="csv"), TensorBoardLogger(self.folder, name="tensorboard", version="")]
         self.trainer = self._make_trainer(self._callbacks(), logger=loggers)
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                f"trainer.strategy={args.trainer.strategy} forks or spawns its processes, into which a run cannot be "
+                f"carried over; use ddp, which starts the command once for each"
+            )
         if hasattr(self.trainer.strategy, "_timeout"):  # there is no other way to it where Lightning chooses
             self.trainer.strategy._timeout = timedelta(seconds=args.process_timeout)
         console.quiet = self.trainer.global_rank > 0
@@ -292,8 +304,16 @@ class Run:
         self.data.prepare_data()
         self.data.setup("fit")
         # Refuses a batch that is larger than the training set, and empty splits.
-        for loader in (self.data.train_dataloader, self.data.val_dataloader, self.data.test_dataloader):
-            loader()
+        loaders = [self.data.train_dataloader(), self.data.val_dataloader(), self.data.test_dataloader()]
+        for name, loader in zip(("train", "val", "test"), loaders, strict=True):
+            share = self._trainer_options[f"limit_{name}_batches"]
+            if isinstance(share, float) and 0 < share * len(loader) < 1:
+                raise ValueError(
+                    f"trainer.limit_{name}_batches={share:g} of {len(loader)} batches is less than one; give at least "
+                    f"{1 / len(loader):.2g}, or a whole number of batches"
+                )
+        for note in self.data.notes:
+            self.console.print(f"{self.data.dataset_name}: {note}", highlight=False)
 
     def estimate(self) -> dict[str, Any]:
         """Measure what the run will take, in place of :meth:`prepare` and all that follows; leaves no folder.
@@ -457,6 +477,10 @@ def _main(argv: list[str]) -> dict[str, Any]:
         _fail("interrupted before the first step; nothing was begun", 128 + stop.received)
     except (estimate.DoesNotFit, FloatingPointError) as error:
         _fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        _fail("the model or the data do not fit into memory; make the sequences shorter or the model smaller", 1)
     try:
         run.train()
         return run.report()

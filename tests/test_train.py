@@ -685,6 +685,35 @@ class TestBadInput:
             (["--data.name", "--output_dir", "x"], "--data.name needs a value"),
             (["--config", "tiny.yaml", "--trainer.max_steps", 0], "trainer.max_steps must be at least 1"),
             (["--config", "tiny.yaml", "--trainer.max_steps", -1], "set trainer.max_steps or max_epochs"),
+            (["--config", "tiny.yaml", "--trainer.max_epochs", 0], "max_epochs is 0, which trains nothing"),
+            (["--config", "tiny.yaml", "--trainer.limit_train_batches", 0], "limit_train_batches is 0, which trains"),
+            (
+                ["--config", "tiny.yaml", "--model.attention", "spion", "--trainer.accumulate_grad_batches", 0],
+                "accumulate_grad_batches must be at",
+            ),
+            *(
+                (
+                    ["--config", "tiny.yaml", f"--trainer.limit_{split}_batches", 0.0001, *estimate],
+                    f"trainer.limit_{split}_batches=0.0001 of ",
+                )
+                for split in ("train", "val", "test")
+                for estimate in ([], ["--estimate", "true"])
+            ),
+            *(
+                (
+                    ["--config", "tiny.yaml", "--sparsity.guard", 0.1, "--trainer.limit_val_batches", 0, *estimate],
+                    "sparsity.guard=0.1 goes by the loss on validation data",
+                )
+                for estimate in ([], ["--estimate", "true"])
+            ),
+            *(
+                (
+                    ["--config", "tiny.yaml", "--trainer.strategy", name, "--trainer.devices", 2],
+                    f"strategy={name} forks",
+                )
+                for name in ("ddp_spawn", "ddp_fork", "ddp_notebook")
+            ),
+            (["--config", "tiny.yaml", "--data.num_workers", 10**5], "would start as many processes; set --data.num_w"),
             (["--config", "tiny.yaml", "--trainer.accumulate_grad_batches", 0], "accumulate_grad_batches must be at"),
             (["--config", "tiny.yaml", "--trainer.val_check_interval", 0], "val_check_interval must be above 0"),
             (
@@ -730,6 +759,30 @@ class TestBadInput:
     def test_a_file_that_is_no_config(self, tiny, capsys, text):
         tiny.write_text(text)
         assert "tiny.yaml is not a" in refused(capsys, "--config", tiny)
+
+    def test_a_section_that_a_file_has_twice(self, tiny, capsys):
+        tiny.write_text(f"{TINY}\nextra: 1\nmodel: {{num_layers: 1}}\n")
+        assert "it has model twice, in line " in refused(capsys, "--config", tiny)
+        tiny.write_text("data:\n  name: digits\n  name: digits\n")
+        assert "it has name twice, in line 2 and in line 3; join them" in refused(capsys, "--config", tiny)
+
+    def test_a_model_that_memory_cannot_hold(self, tiny, capsys):
+        sentence = refused(capsys, "--config", tiny, "--data.image_size", 40_000, status=1)
+        assert "do not fit into memory; make the sequences shorter" in sentence
+
+    def test_samples_that_another_run_was_trained_on(self, tiny, capsys, monkeypatch):
+        drawn = ["--data.name", "listops", "--data.num_samples"]
+        text = TINY.replace("image_size: 8", "seq_len: 64, min_length: 5, max_length: 60").replace("name: digits", "")
+        tiny.write_text(text.replace("{,", "{"))
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 2)
+            refused(capsys, "--config", tiny, *drawn, 1000, status=130)
+        before = ["--config", tiny, "--init_from", run_folder(), "--name", "next"]
+        sentence = refused(capsys, *before, *drawn, 500)
+        assert "has drawn 1,000 samples, this one draws 500: what is held out here may have been trained on" in sentence
+        assert not Path("runs", "next").exists()
+        for arguments in ([*drawn, 1000], [*drawn, 500, "--data.draw_seed", 1]):
+            train.Run(*cli.parse([*map(str, before), *map(str, arguments)]), train.Console())
 
     def test_an_unknown_key_in_a_file(self, tiny, capsys):
         tiny.write_text(TINY + "\nextra: {a: 1}\n")

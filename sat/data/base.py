@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from sat.data.loading import Batch, EvalBatches, TrainBatches, TrainLoader, Tran
 HELD_OUT_FRACTION = 0.1
 HELD_OUT_AT_MOST = 5000
 
-logger = logging.getLogger(__name__)
+MOST_WORKERS = 1024  # no machine has so many cores to spare for loading
 
 
 class SequenceDataModule(pl.LightningDataModule):
@@ -87,6 +87,11 @@ class SequenceDataModule(pl.LightningDataModule):
         check_at_least("batch_size", batch_size, 1)
         check_at_least("eval_batch_size", eval_batch_size, 1)
         check_at_least("num_workers", num_workers, 0)
+        if num_workers > MOST_WORKERS:
+            raise ValueError(
+                f"num_workers={num_workers} would start as many processes; set --data.num_workers to about the number "
+                f"of cores, {os.cpu_count()}"
+            )
         check_at_least("seed", seed, 0)
         check_at_least("train_samples", train_samples, 1)
         check_at_least("eval_samples", eval_samples, 1)
@@ -98,6 +103,7 @@ class SequenceDataModule(pl.LightningDataModule):
         self.eval_samples = eval_samples
         self.hide = hide
         self.class_names = []
+        self.notes: list[str] = []  # what a user should know of the splits, after setup()
         self._prepared: Prepared | None = None
         self._rows: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
 
@@ -229,13 +235,13 @@ class SequenceDataModule(pl.LightningDataModule):
         result = {name: (part, torch.arange(len(part["labels"]))) for name, part in splits.items() if name != "train"}
         if "test" not in result and "validation" in result:
             result["test"] = result.pop("validation")
-            logger.info("%s: no test set, so the validation set is the test set", self.dataset_name)
+            self.notes.append("no test set there: the validation set is the test set")
         for name in ("test", "validation"):
             if name not in result:
                 rows, held_out = self._hold_out(train["labels"], rows)
                 result[name] = (train, held_out)
                 if name == "test":
-                    logger.info("%s: no test set, held out of training for it: %d", self.dataset_name, len(held_out))
+                    self.notes.append(f"no test set there: {len(held_out):,} training samples are held out as one")
         result["train"] = (train, rows)
         for name, (part, chosen) in result.items():
             wanted = self.train_samples if name == "train" else self.eval_samples

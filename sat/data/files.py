@@ -112,6 +112,7 @@ class FileDataModule(SequenceDataModule):
             raise ValueError(f"{self.dataset_name} has no split named train; pass --data.path with one that has")
         for split, table in tables.items():
             check_rows(self.dataset_name, split, table.name, table.num_rows)
+        sources.one_naming([table.name for table in tables.values()], [table.class_names for table in tables.values()])
         columns = {
             split: [*self.columns(table), sources.checked_column(table, ["label"])] for split, table in tables.items()
         }

@@ -105,17 +105,28 @@ def find_pictures(root: Path) -> dict[str, list[tuple[str, Path]]]:
     if (root / "train_val2018").is_dir():
         folders = {"train": root / "train_val2018"}
     elif any(split_of_folder(folder) for folder in root.iterdir()):
-        folders = {split: folder for folder in sorted(root.iterdir()) if (split := split_of_folder(folder))}
+        folders = {}
+        for folder in sorted(root.iterdir()):
+            if (split := split_of_folder(folder)) is None:
+                continue
+            if split in folders:
+                raise ValueError(
+                    f"{root} has two folders of the {split} split, {folders[split].name} and {folder.name}; remove one"
+                )
+            folders[split] = folder
     found = {split: _pictures(folder) for split, folder in folders.items()}
     listing = root / "val2018.json"
     if found.get("train") and listing.is_file():
         official = _official_validation(listing)
         found["validation"] = [item for item in found["train"] if item[1] in official]
         found["train"] = [item for item in found["train"] if item[1] not in official]
-        if not found["validation"]:
+        missing = sorted(official - {file for _, file in found["validation"]})
+        if missing or not official:
+            such = f", such as {missing[0]}" if missing else ""
             raise ValueError(
-                f"{listing} names {len(official)} validation picture(s), none of which is in {folders['train']}; "
-                f"unpack the whole archive in {root}, or remove {listing.name}, and other pictures are held out"
+                f"{listing} names {len(official)} validation picture(s), of which {len(missing)} are missing{such}; "
+                f"unpack the whole archive in {root}, or remove {listing.name}, and other pictures are "
+                f"held out"
             )
     if not found.get("train"):
         raise FileNotFoundError(

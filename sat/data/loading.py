@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -82,7 +83,19 @@ class EvalBatches(_Batches):
         return iter([mine[begin:end] for begin, end in zip([0, *ends], ends, strict=False)])
 
 
-class TrainLoader(DataLoader):
+class _Loader(DataLoader):
+    """Its workers leave SIGTERM to the run: a scheduler's reaches them too, and without them no step could be ended."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # They begin with what is blocked here, so that none can be met before it is ready; the run's own comes later.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class TrainLoader(_Loader):
     """Training batches that go on exactly where a checkpoint left off, in mid-epoch too.
 
     ``len`` is always that of a full epoch. A pass that follows :meth:`load_state_dict` yields what is left of the
@@ -169,7 +182,7 @@ class TrainLoader(DataLoader):
 
 def eval_loader(dataset: Dataset[Batch], batches: EvalBatches, num_workers: int) -> DataLoader:
     """A loader of every sample, in fixed order."""
-    return DataLoader(dataset, sampler=batches, **_options(num_workers))
+    return _Loader(dataset, sampler=batches, **_options(num_workers))
 
 
 def _options(num_workers: int) -> dict[str, Any]:

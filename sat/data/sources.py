@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sat.files import shortened
+
 if TYPE_CHECKING:
     import datasets
 
 Loaded = TypeVar("Loaded")
 
+# What the hub names the files of a split: number and count.
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
 SPLIT_PREFIXES = {"train": "train", "validation": "val", "test": "test"}
 
 
@@ -76,6 +81,8 @@ def find_parquet(path: Path) -> dict[str, list[Path]]:
         split = split_of(inside.name) or next((s for part in inside.parts[-2::-1] if (s := split_of(part))), None)
         if split:
             splits.setdefault(split, []).append(file)
+    for split, own in splits.items():
+        _check_shards(split, own)
     if "train" not in splits:
         found = ", ".join(str(file.relative_to(path)) for file in files[:5]) or "no parquet file at all"
         raise FileNotFoundError(
@@ -83,6 +90,20 @@ def find_parquet(path: Path) -> dict[str, list[Path]]:
             f"that holds train*.parquet (and, if there are, validation*.parquet and test*.parquet)"
         )
     return splits
+
+
+def _check_shards(split: str, files: Sequence[Path]) -> None:
+    """That the files say they are all there are: ``train-00000-of-00003.parquet`` is one of three."""
+    numbers: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if match := SHARD.fullmatch(file.stem):
+            numbers.setdefault((file.parent, match[1], int(match[3])), set()).add(int(match[2]))
+    for (folder, name, count), there in numbers.items():
+        if missing := sorted(set(range(count)) - there):
+            raise FileNotFoundError(
+                f"{folder} has {len(there)} of the {count} files of the {split} split, {name}-{missing[0]:05}-of-"
+                f"{count:05}.parquet is missing; download it again"
+            )
 
 
 def files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -127,9 +148,27 @@ def parquet_table(files: Sequence[Path]) -> Table:
         name=str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more",
         columns=columns,
         num_rows=sum(parquet.metadata.num_rows for parquet in opened),
-        class_names=_class_names(opened[0].schema_arrow),
+        class_names=one_naming(files, [_class_names(parquet.schema_arrow) for parquet in opened]),
         read=read,
     )
+
+
+def one_naming(names: Sequence[object], found: Sequence[dict[str, list[str]]]) -> dict[str, list[str]]:
+    """The names of the classes, by column, of which all tables that say them say the same.
+
+    Raises:
+        ValueError: two do not; the labels of one of them would be wrong.
+    """
+    merged: dict[str, tuple[object, list[str]]] = {}
+    for name, own in zip(names, found, strict=True):
+        for column, classes in own.items():
+            first, before = merged.setdefault(column, (name, classes))
+            if before != classes:
+                raise ValueError(
+                    f"{first} and {name} name the classes of {column} differently, {shortened(str(before))} and "
+                    f"{shortened(str(classes))}, so that their labels do not mean the same; take files of one release"
+                )
+    return {column: classes for column, (_, classes) in merged.items()}
 
 
 def hub_tables(hub_id: str, cache_dir: Path, dataset: str, config: str | None = None) -> dict[str, Table]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 
 from sat.data import CIFAR10, DATASETS, AGNews, Digits, INaturalist, SequenceDataModule, YelpPolarity
-from sat.data.sources import from_folder_or_hub
+from sat.data.sources import find_parquet, from_folder_or_hub
 
 PAIRS = [("good", 1), ("bad", 0)] * 10
 GRAY = np.zeros((4, 4), np.uint8)
@@ -55,6 +56,44 @@ def test_inaturalist_needs_a_source():
 def test_a_path_that_does_not_exist(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere to read AG News from; correct --data\.path"):
         AGNews(path=str(tmp_path / "nowhere"), cache_dir=str(tmp_path)).prepare_data()
+
+
+def test_a_part_of_a_split_that_is_missing(tmp_path: Path, text_folder: Callable[..., Path]):
+    root = text_folder(train=PAIRS, test=PAIRS)
+    for number in (0, 2):
+        (root / f"train-{number:05}-of-00003.parquet").write_bytes((root / "train.parquet").read_bytes())
+    (root / "train.parquet").unlink()
+    message = r"has 2 of the 3 files of the train split, train-00001-of-00003\.parquet is missing; download it again"
+    with pytest.raises(FileNotFoundError, match=message):
+        find_parquet(root)
+    (root / "train-00001-of-00003.parquet").write_bytes((root / "test.parquet").read_bytes())
+    assert len(find_parquet(root)["train"]) == 3
+
+
+@pytest.mark.parametrize("files", [("train", "test"), ("train-00000-of-00002", "train-00001-of-00002")])
+def test_files_that_name_the_classes_differently(tmp_path: Path, files: tuple[str, str]):
+    for name, classes in zip(files, (["neg", "pos"], ["pos", "neg"]), strict=True):
+        kind = {"label": {"names": classes, "_type": "ClassLabel"}, "text": {"dtype": "string", "_type": "Value"}}
+        table = pa.table({"text": ["good"] * 20, "label": [0, 1] * 10})
+        info = json.dumps({"info": {"features": kind}})
+        pq.write_table(table.replace_schema_metadata({"huggingface": info}), tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"name the classes of label differently, .*take files of one release"):
+        YelpPolarity(path=str(tmp_path), seq_len=8, cache_dir=str(tmp_path / "cache")).prepare_data()
+
+
+def test_what_takes_the_place_of_a_test_set_is_said(tmp_path: Path, text_folder: Callable[..., Path]):
+    for splits, note in (
+        ({"train": PAIRS}, "no test set there: 2 training samples are held out as one"),
+        ({"train": PAIRS, "validation": PAIRS}, "no test set there: the validation set is the test set"),
+        ({"train": PAIRS, "test": PAIRS}, None),
+    ):
+        folder = tmp_path / str(len(splits)) / str(note is None)
+        folder.mkdir(parents=True)
+        for name, rows in splits.items():
+            (text_folder(**{name: rows}) / f"{name}.parquet").rename(folder / f"{name}.parquet")
+        data = YelpPolarity(path=str(folder), seq_len=8, cache_dir=str(tmp_path / "cache"))
+        data.setup()
+        assert data.notes == ([] if note is None else [note])
 
 
 def test_a_folder_without_training_data(tmp_path: Path, text_folder: Callable[..., Path]):

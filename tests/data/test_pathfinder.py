@@ -296,6 +296,37 @@ def test_the_command_draws_what_the_data_module_reads(tmp_path: Path, capsys: py
     assert "is no empty folder; choose another --out" in capsys.readouterr().err
 
 
+def test_an_interrupted_command_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(settings: Any, count: int, seed: int, take: Any) -> None:
+        take(0, draw_some(settings, 4, np.random.default_rng([0, 0])))
+        (folder,) = tmp_path.glob("out.partial-*")  # which a kill leaves: not what was asked for
+        assert len([*folder.glob("imgs/0/*.png")]) == 4
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "draw", interrupted)
+    (tmp_path / "out").mkdir()
+    assert command.main(["--size", "16", "--count", "20", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "sat.data.pathfinder: interrupted; nothing was kept\n"
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_pictures_that_changed_are_read_again(tmp_path: Path):
+    out = tmp_path / "out"
+    command.main(["--size", "16", "--count", "20", "--out", str(out)])
+    assert max(int(tensors["pixels"].max()) for tensors, _ in make(tmp_path, path=str(out))._rows.values()) > 0
+    for file in out.glob("imgs/*/*.png"):
+        Image.fromarray(np.zeros((16, 16), np.uint8)).save(file)
+    assert max(int(tensors["pixels"].max()) for tensors, _ in make(tmp_path, path=str(out))._rows.values()) == 0
+
+
+def test_how_to_draw_does_not_go_with_pictures_that_are_there(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"num_distractors are of pictures that are drawn, those in .* leave out"):
+        make(tmp_path, path="there", contour_length=3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -158,14 +158,28 @@ def test_a_list_of_validation_pictures_that_is_none(tmp_path: Path, content: str
         inaturalist(tmp_path / "root", tmp_path).prepare_data()
 
 
-@pytest.mark.parametrize("names", [[], ["train_val2018/Aves/7/99.jpg"]])
+@pytest.mark.parametrize(
+    "names", [[], ["train_val2018/Aves/7/99.jpg"], [f"train_val2018/Aves/7/{i}.jpg" for i in (1, 3)]]
+)
 def test_a_list_of_validation_pictures_that_are_not_there(tmp_path: Path, names: list[str]):
     write_pictures(tmp_path / "root", [f"train_val2018/{n}/7/{i}.jpg" for n in ("Aves", "Fungi") for i in range(3)])
     file = tmp_path / "root" / "val2018.json"
     file.write_text(json.dumps({"images": [{"file_name": name} for name in names]}))
-    message = f"^{re.escape(str(file))} names {len(names)} validation picture.* none of which is in .*; unpack"
+    missing = min(len(names), 1)
+    message = (
+        f"^{re.escape(str(file))} names {len(names)} validation picture.* of which {missing} are missing.*; unpack"
+    )
     with pytest.raises(ValueError, match=message):
         inaturalist(tmp_path / "root", tmp_path).prepare_data()
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path: Path):
+    root = tmp_path / "root"
+    write_pictures(
+        root, [f"{split}/{n}/{i}.png" for split in ("train", "val", "validation") for n in "ab" for i in (1, 2)]
+    )
+    with pytest.raises(ValueError, match="two folders of the validation split, val and validation; remove one"):
+        inaturalist(root, tmp_path).prepare_data()
 
 
 def test_a_split_folder_without_pictures_is_refused(tmp_path: Path):

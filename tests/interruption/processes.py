@@ -102,6 +102,12 @@ def environment(variables: dict[str, str]) -> None:
     os.environ.update(variables)
 
 
+def send_job(target: str, number: int, received: signal.Signals) -> None:
+    """The same to all processes of the job, as schedulers do it; those that load data are among them."""
+    os.setpgid(0, 0)
+    _before(target, number, lambda: os.killpg(0, received))
+
+
 def send(target: str, number: int, received: int) -> None:
     """The process gets a signal before the ``number``-th call of a function."""
     _before(target, number, lambda: os.kill(os.getpid(), received))

@@ -31,6 +31,14 @@ def test_sigterm_finishes_the_step_and_saves(whole: Path, place: Path, when: tup
         assert_same_run(whole, place)
 
 
+@pytest.mark.parametrize("number", [1, 5])
+def test_sigterm_to_the_whole_job_does_not_end_those_that_load_its_data(place: Path, number: int):
+    command = [*COMMAND, "--data.num_workers", "2"]
+    status, output = processes.run(place, command, ("send_job", STEP, number, signal.SIGTERM))
+    assert status == 143, output
+    assert saved_step(place) == number
+
+
 def test_sigterm_while_validating_before_the_first_step(place: Path):
     validation = "sat.module:ClassificationModule.validation_step"
     status, output = processes.run(place, COMMAND, ("send", validation, 1, signal.SIGTERM))

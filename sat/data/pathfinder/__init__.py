@@ -72,6 +72,11 @@ class Pathfinder(ImageDataModule):
         check_at_least("num_samples", num_samples, 10)  # below, a tenth is none
         check_at_least("draw_seed", draw_seed, 0)
         self.num_samples, self.draw_seed = num_samples, draw_seed
+        if path is not None and (contour_length is not None or num_distractors is not None):
+            raise ValueError(
+                f"data.contour_length and data.num_distractors are of pictures that are drawn, those in {path} are "
+                f"there already; leave them out, or leave out data.path"
+            )
         if path is None:
             self.settings = settings_of(image_size, contour_length, num_distractors)
 
@@ -87,14 +92,14 @@ class Pathfinder(ImageDataModule):
             name, drawn = f"{self.dataset_name} {self.image_size}", [repr(self.settings), self.num_samples]
             return cached(self.cache_dir, name, [*drawn, self.draw_seed], self._draw, self.check_prepared)
         found, root = find_released(sources.existing_path(self.path, self.dataset_name))
-        listings = sorted([*(root / "metadata").iterdir(), *(root / "imgs").iterdir()])
+        files = [*sorted((root / "metadata").iterdir()), *(root / name for name, _ in found)]
         order = np.random.default_rng(0).permutation(len(found))
         parts = {
             split: [found[i] for i in order[begin:end]]
             for split, begin, end in zip(SPLITS, [0, *_ends(len(found))], _ends(len(found)), strict=False)
         }
         return self.load_cached(
-            ["released", sources.fingerprint(listings)],
+            ["released", sources.fingerprint(files)],
             lambda: {split: _table(root, split, part) for split, part in parts.items()},
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contour_length", type=int, help="paddles of each of the two contours")
     parser.add_argument("--num_distractors", type=int, help="short contours that distract, as many as fit")
     args = parser.parse_args(argv)
+    partial: Path | None = None
     try:
         settings = settings_of(args.size, args.contour_length, args.num_distractors)
         if args.count < 1 or args.seed < 0:
@@ -35,12 +38,16 @@ def main(argv: list[str] | None = None) -> int:
             )
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise ValueError(f"{args.out} is no empty folder; choose another --out")
+        # Beside the folder until all of it is there: half of one would be read as a whole one.
+        out = args.out.resolve()
+        partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+        partial.mkdir(parents=True)
         with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
             bar = progress.add_task("drawing Pathfinder", total=args.count)
 
             def take(start: int, part: Drawn) -> None:
-                folder = args.out / "imgs" / str(start)
-                for each in (folder, args.out / "metadata"):
+                folder = partial / "imgs" / str(start)
+                for each in (folder, partial / "metadata"):
                     each.mkdir(parents=True, exist_ok=True)
                 lines = []
                 for number, (picture, label) in enumerate(zip(part.pictures, part.labels, strict=True)):
@@ -50,13 +57,22 @@ def main(argv: list[str] | None = None) -> int:
                         f"{settings.contour_length} {settings.distractor_length} {settings.paddle_length} "
                         f"{settings.paddle_thickness}\n"
                     )
-                (args.out / "metadata" / f"{start}.npy").write_text("".join(lines), encoding="utf-8")
+                (partial / "metadata" / f"{start}.npy").write_text("".join(lines), encoding="utf-8")
                 progress.advance(bar, len(part.labels))
 
             draw(settings, args.count, args.seed, take)
+        if out.exists():
+            out.rmdir()  # it is empty
+        partial.rename(out)
+    except KeyboardInterrupt:
+        print("sat.data.pathfinder: interrupted; nothing was kept", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"sat.data.pathfinder: {error}", file=sys.stderr)
         return 2
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     print(f"{args.count} pictures of {args.size} x {args.size} pixels lie in {args.out}")
     return 0
 
