@@ -47,7 +47,9 @@ DEFAULT_TASKS = {
 }
 
 # The Long Range Arena, of experiments.arena. Small: sizes at which a dense Transformer learns in minutes of one core.
-# Expressions at a quarter of the learning rate: at 2e-3 dense attention ends at .326 after 2,000 steps, so at .344.
+# Expressions and bytes at a quarter of the learning rate. At 2e-3 dense attention ends at .326 on ListOps after 2,000
+# steps, and on reviews at .55, below what counts of their bytes tell (.590, experiments.byte_counts); so at .344 and
+# .586. With more steps it learns the reviews by heart, and so it does pretrained to find hidden bytes.
 ARENA = {
     "listops": Task(
         "lra_listops.yaml",
@@ -56,17 +58,7 @@ ARENA = {
         None,
         3000,
     ),
-    # From scratch 1,000 steps tell no more than counts of the bytes (.590, experiments.byte_counts), and more of them
-    # learn the reviews by heart. Pretrained to find hidden bytes, a model knows words; with random positions it would
-    # have to learn first which bytes are beside each other.
-    "text": Task(
-        "lra_text.yaml",
-        "imdb",
-        {"data.seq_len": 512, "data.eval_samples": 5000, "model.positions": "sine", "optimizer.lr": 1e-3},
-        None,
-        1000,
-        {"data.hide": 0.25, "trainer.max_steps": 1000, "optimizer.lr": 2e-3},
-    ),
+    "text": Task("lra_text.yaml", "imdb", {"data.seq_len": 512, "data.eval_samples": 5000, "optimizer.lr": 5e-4}, None),
     "retrieval": Task("lra_retrieval.yaml", "lra_retrieval", {"data.seq_len": 512}, None),
     "image": Task("lra_image.yaml", "cifar10", {"data.image_size": 16}, None),
     # From scratch nobody learns it in minutes: after 4,000 steps of 32 pictures dense attention is at chance, and so it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.gpu_suite.case import number
-from experiments.results_page.page import Content, Shown, listed, markdown, points
+from experiments.results_page.page import Content, Shown, markdown, points
 
 RUN_HEADER = ["run", "attention", "steps", "blocks kept", "test accuracy", "step ms: dense", "sparse", "faster", "MiB"]
 
@@ -160,7 +160,11 @@ def kernels(content: Content) -> Shown:
     folded = f"<details><summary>All kernels</summary>\n\n{markdown(header, rows, left=(0, 5))}\n\n</details>"
     most = max(row["registers"] for row in found)
     about = f"Compute capability {arch // 10}.{arch % 10}: {len(found)} kernels, at most {most} registers a thread."
-    broken = [f"{row['kernel']} ({'; '.join(row['broken'])})" for row in found if row["broken"]]
-    short = [f"Break a rule: {listed(broken)}."] if broken else []
+    bad = [row for row in found if row["broken"]]
+    cases = ["kernel", "block_size", "head_dim", "precision", "options", "broken"]
+    if bad:
+        lines = [[*(str(row[name]) for name in cases[:-1]), "; ".join(row["broken"])] for row in bad]
+        folded += f"\n\n{markdown(['kernel', 'block size', 'head dimension', *cases[3:5], 'breaks a rule'], lines)}"
+    short = [f"{len(bad)} of {len(found)} kernels break a rule, those of the table above."] if bad else []
     short.append("Compiled, not run: this says nothing of their speed.")
     return Shown([about, folded], short)

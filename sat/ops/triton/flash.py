@@ -30,6 +30,7 @@ from sat.ops.triton.tiles import (
     item_count,
     keeps,
     listed,
+    load_entry,
     load_partial,
     load_rows,
     narrow_keys,
@@ -164,8 +165,10 @@ def _forward_kernel(
     norm = tl.zeros([ROWS], tl.float32)
     kept = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    entry = load_entry(entry_list, start, stop, 0, BLOCK, COLUMNS)
     for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
-        key, bits, valid = step_along(entry_list, start, stop, step, BLOCK, COLUMNS)
+        key, bits, valid = step_along(entry, start, stop, step, BLOCK, COLUMNS)
+        entry = load_entry(entry_list, start, stop, step + 1, BLOCK, COLUMNS)
         inside = valid & (key < key_length) if RAGGED else valid
         b_k = load_rows(k, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
         b_v = load_rows(v, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]

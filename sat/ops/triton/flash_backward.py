@@ -38,6 +38,7 @@ from sat.ops.triton.tiles import (
     item_count,
     keeps,
     listed,
+    load_entry,
     load_lse,
     load_part,
     load_rows,
@@ -116,8 +117,10 @@ def _query_gradient_kernel(
     b_q = load_rows(q, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
     b_g = load_rows(grad, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    entry = load_entry(entry_list, start, stop, 0, BLOCK, COLUMNS)
     for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
-        key, bits, valid = step_along(entry_list, start, stop, step, BLOCK, COLUMNS)
+        key, bits, valid = step_along(entry, start, stop, step, BLOCK, COLUMNS)
+        entry = load_entry(entry_list, start, stop, step + 1, BLOCK, COLUMNS)
         inside = valid & (key < key_length) if RAGGED else valid
         b_k = load_rows(k, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
         b_v = load_rows(v, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
@@ -207,8 +210,10 @@ def _key_value_gradient_kernel(
     b_v = load_rows(v, sample, head, key, exists, D, DIM)  # [COLUMNS, DIM]
     acc_k = tl.zeros([COLUMNS, DIM], tl.float32)
     acc_v = tl.zeros([COLUMNS, DIM], tl.float32)
+    entry = load_entry(entry_list, start, stop, 0, BLOCK, ROWS)
     for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, ROWS), num_stages=STAGES):
-        query, bits, valid = step_along(entry_list, start, stop, step, BLOCK, ROWS)
+        query, bits, valid = step_along(entry, start, stop, step, BLOCK, ROWS)
+        entry = load_entry(entry_list, start, stop, step + 1, BLOCK, ROWS)
         inside = valid & (query < query_length) if RAGGED else valid
         b_q = load_rows(q, sample, head, query, inside, D, DIM)  # [ROWS, DIM]
         b_g = load_rows(grad, sample, head, query, inside, D, DIM)  # [ROWS, DIM]

@@ -17,7 +17,7 @@ from sat.ops.autocast import without_autocast
 from sat.ops.triton.index import TileIndex, kept_with, tile_index
 from sat.ops.triton.launch import launch, matrix_precision, padded
 from sat.ops.triton.parameters import tile
-from sat.ops.triton.tiles import dot, find_item, item_count, listed, load_rows, step_along, strided
+from sat.ops.triton.tiles import dot, find_item, item_count, listed, load_entry, load_rows, step_along, strided
 
 
 @triton.jit
@@ -90,8 +90,10 @@ def _sddmm_kernel(
     exists = query < query_length
     first = block_number(numbers, head, tile // PIECES, 0)
     b_q = load_rows(q, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
+    entry = load_entry(entry_list, start, stop, 0, BLOCK, COLUMNS)
     for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
-        key, _bits, valid = step_along(entry_list, start, stop, step, BLOCK, COLUMNS)
+        key, _bits, valid = step_along(entry, start, stop, step, BLOCK, COLUMNS)
+        entry = load_entry(entry_list, start, stop, step + 1, BLOCK, COLUMNS)
         inside = valid & (key < key_length)
         b_k = load_rows(k, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
         s = dot(b_q, tl.trans(b_k), None, PRECISION)  # [ROWS, COLUMNS]

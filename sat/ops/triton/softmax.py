@@ -26,6 +26,7 @@ from sat.ops.triton.tiles import (
     find_item,
     item_count,
     listed,
+    load_entry,
     narrow_keys,
     real_tokens,
     segments_of,
@@ -65,7 +66,8 @@ def _step_logits(
     CAUSAL: tl.constexpr,
 ):
     """Logits ``[ROWS, COLUMNS]`` of one step, -inf where not permitted, and where they are permitted."""
-    key, _bits, valid = step_along(entry_list, start, stop, step, BLOCK, COLUMNS)
+    entry = load_entry(entry_list, start, stop, step, BLOCK, COLUMNS)
+    key, _bits, valid = step_along(entry, start, stop, step, BLOCK, COLUMNS)
     number, column = values_along(first, start, step, BLOCK, COLUMNS)
     address = value_addresses(scores, sample, number, query % BLOCK, column)
     # Masked by what exists only: with a mask of single keys it would be read number by number.

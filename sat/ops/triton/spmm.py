@@ -31,6 +31,7 @@ from sat.ops.triton.tiles import (
     find_item,
     item_count,
     listed,
+    load_entry,
     load_rows,
     step_along,
     store_partial,
@@ -71,8 +72,10 @@ def _spmm_kernel(
     if not TRANSPOSED:
         first = block_number(numbers, head, tile // PIECES, 0)
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    entry = load_entry(entry_list, start, stop, 0, BLOCK, COLUMNS)
     for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
-        token, _bits, valid = step_along(entry_list, start, stop, step, BLOCK, COLUMNS)
+        token, _bits, valid = step_along(entry, start, stop, step, BLOCK, COLUMNS)
+        entry = load_entry(entry_list, start, stop, step + 1, BLOCK, COLUMNS)
         number, column = values_along(first, start, step, BLOCK, COLUMNS)
         if TRANSPOSED:
             number = block_number(numbers, head, token // BLOCK, tile // PIECES)

@@ -121,19 +121,32 @@ def narrow_keys(
 
 
 @triton.jit
-def step_along(entry_list, start, stop, step, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def load_entry(entry_list, start, stop, step, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """What one step along a list reads of it; 0 past its end.
+
+    Loops load it a step ahead, and carry it. Where an address comes from a load of the same step, the compiler spends
+    its stages on that one, and no other load is under way while the matrix units work.
+    """
+    if BLOCK >= WIDTH:
+        PARTS: tl.constexpr = BLOCK // WIDTH
+        place = start + step // PARTS
+    else:
+        place = start + step * (WIDTH // BLOCK) + tl.arange(0, WIDTH) // BLOCK
+    return tl.load(entry_list + place, mask=place < stop, other=0)
+
+
+@triton.jit
+def step_along(entry, start, stop, step, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Tokens ``[WIDTH]`` of one step along a list, which blocks of the group keep them, and whether they exist."""
     lane = tl.arange(0, WIDTH)
     if BLOCK >= WIDTH:
         PARTS: tl.constexpr = BLOCK // WIDTH
-        entry = tl.load(entry_list + start + step // PARTS)
         token = (entry & COLUMN_MASK) * BLOCK + (step % PARTS) * WIDTH + lane
         bits = tl.full([WIDTH], 0, tl.int32) + (entry >> COLUMN_BITS)
         valid = tl.full([WIDTH], 1, tl.int1)
     else:
         place = start + step * (WIDTH // BLOCK) + lane // BLOCK
         valid = place < stop
-        entry = tl.load(entry_list + place, mask=valid, other=0)
         token = (entry & COLUMN_MASK) * BLOCK + lane % BLOCK
         bits = entry >> COLUMN_BITS
     return token, bits, valid
