@@ -17,11 +17,7 @@ from sat.files import read_state, reason, shortened
 from sat.layout import BlockLayout
 from sat.models import PretrainedClassifier, SequenceClassifier
 from sat.module import CHECKPOINT_VERSION
-from sat.runs import read_config
 from sat.scaling import Grid, interpolate_positions, position_grids
-
-# Which samples a data set draws, but for their number.
-DRAWN = {"name", "path", "image_size", "contour_length", "num_distractors", "min_length", "max_length", "draw_seed"}
 
 # Where our own encoder has its learned positions, [L, W].
 POSITIONS = "model.encoder.positions"
@@ -212,27 +208,6 @@ def find_weights(init_from: str) -> Path:
         FileNotFoundError: there is none.
     """
     return _existing(init_from, "--init_from")
-
-
-def check_drawn(weights: Path, data: Mapping[str, Any]) -> None:
-    """That another run's training set holds nothing of this one's validation and test sets, where both are drawn.
-
-    The first samples are the same however many are drawn, and which of them are held out depends on the number.
-
-    Raises:
-        ValueError: the other run, if its settings are there, has drawn another number of the same.
-    """
-    file = weights.parent.parent / "config.yaml"
-    if "num_samples" not in data or data.get("path") is not None or not file.is_file():
-        return
-    other = read_config(file).get("data", {})
-    same = {name for name in data if name in DRAWN and other.get(name) == data[name]}
-    if same == DRAWN & set(data) and other["num_samples"] != data["num_samples"]:
-        raise ValueError(
-            f"the run of {weights} has drawn {other['num_samples']:,} samples, this one draws {data['num_samples']:,}: "
-            f"what is held out here may have been trained on there; set --data.num_samples "
-            f"{other['num_samples']}, or another --data.draw_seed"
-        )
 
 
 def _existing(given: str, option: str) -> Path:

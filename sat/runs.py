@@ -161,6 +161,31 @@ def _keys(content: Any) -> Iterator[Any]:
         yield from _keys(value)
 
 
+# Which samples a data set draws, but for their number.
+DRAWN = {"name", "path", "image_size", "contour_length", "num_distractors", "min_length", "max_length", "draw_seed"}
+
+
+def check_drawn(weights: Path, data: Mapping[str, Any]) -> None:
+    """That another run's training set holds nothing of this one's validation and test sets, where both are drawn.
+
+    The first samples are the same however many are drawn, and which of them are held out depends on the number.
+
+    Raises:
+        ValueError: the other run, if its settings are there, has drawn another number of the same.
+    """
+    file = weights.parent.parent / "config.yaml"
+    if "num_samples" not in data or data.get("path") is not None or not file.is_file():
+        return
+    other = read_config(file).get("data", {})
+    same = {name for name in data if name in DRAWN and other.get(name) == data[name]}
+    if same == DRAWN & set(data) and other["num_samples"] != data["num_samples"]:
+        raise ValueError(
+            f"the run of {weights} has drawn {other['num_samples']:,} samples, this one draws {data['num_samples']:,}: "
+            f"what is held out here may have been trained on there; set --data.num_samples "
+            f"{other['num_samples']}, or another --data.draw_seed"
+        )
+
+
 # Folders and checkpoints
 
 

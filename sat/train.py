@@ -62,7 +62,6 @@ class Run:
             raise ValueError(
                 f"--estimate is of a whole run, not of the rest of one; leave --ckpt_path {args.ckpt_path} out"
             )
-        check_trainer(args.trainer)
         seed_everything(args.seed, verbose=False)
         self.data = data = make_data(args)
         self.model = model = make_model(args, data)
@@ -80,6 +79,7 @@ class Run:
             # What is observed in a layer whose activations are not kept is observed once.
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             model.compile(fullgraph=True)
+        check_trainer(args.trainer)
         self.sparsity = self._make_sparsity(args)
         if self.sparsity is not None and self.sparsity.guard is not None and args.trainer.limit_val_batches == 0:
             raise ValueError(
@@ -98,7 +98,7 @@ class Run:
             checkpoints.check_checkpoint(self.checkpoint, self.module, model)
         elif args.init_from is not None:
             self.weights = checkpoints.find_weights(args.init_from)
-            checkpoints.check_drawn(self.weights, args.data.as_dict())
+            runs.check_drawn(self.weights, args.data.as_dict())
             learned = checkpoints.load_weights(self.weights, self.module, pictures=data.pixel_tokens)
             self.new_head = learned.new_head
             self.carried = self._carry(learned, args.init_layouts)

@@ -267,5 +267,5 @@ class TestPaths:
         named = [{"file_name": str(secret) if name == "absolute" else name}, {"file_name": "train_val2018/a/0.png"}]
         (folder / "val2018.json").write_text(json.dumps({"images": named}))
         data = INaturalist(path=str(folder), cache_dir=str(folder / "cache"), num_classes=2, batch_size=1)
-        splits = data.load().splits
-        assert {split: len(part["labels"]) for split, part in splits.items()} == {"train": 5, "validation": 1}
+        with pytest.raises(ValueError, match=r"names 2 validation picture.* of which 1 are missing"):
+            data.load()

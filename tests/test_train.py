@@ -317,7 +317,7 @@ def test_settings_that_only_lightning_refuses_leave_no_folder(tiny, capsys):
     both = ["--trainer.val_check_interval", 500, "--trainer.check_val_every_n_epoch", 1]
     assert "val_check_interval" in refused(capsys, "--config", tiny, *both)
     without = ["--sparsity.guard", 0.1, "--trainer.limit_val_batches", 0]
-    assert "guard=0.1 goes by the loss on validation data, and this" in refused(capsys, "--config", tiny, *without)
+    assert "guard=0.1 goes by the loss on validation data, and with" in refused(capsys, "--config", tiny, *without)
     assert run_folder() == done
     assert run("--config", tiny, "--ckpt_path", "last")["steps"] == 20
     assert run_folder() == done
