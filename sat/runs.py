@@ -145,8 +145,9 @@ def _check_keys(node: yaml.Node | None) -> None:
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if isinstance(key, yaml.ScalarNode):
             line = key.start_mark.line + 1
-            if (before := seen.setdefault(key.value, line)) != line:
+            if (before := seen.get(key.value)) is not None:
                 raise ValueError(f"it has {shortened(key.value)} twice, in line {before} and in line {line}; join them")
+            seen[key.value] = line
         _check_keys(value)
     for value in node.value if isinstance(node, yaml.SequenceNode) else ():
         _check_keys(value)
@@ -178,11 +179,12 @@ def check_drawn(weights: Path, data: Mapping[str, Any]) -> None:
         return
     other = read_config(file).get("data", {})
     same = {name for name in data if name in DRAWN and other.get(name) == data[name]}
-    if same == DRAWN & set(data) and other["num_samples"] != data["num_samples"]:
+    drawn = other.get("num_samples")
+    if same == DRAWN & set(data) and isinstance(drawn, int) and drawn != data["num_samples"]:
         raise ValueError(
-            f"the run of {weights} has drawn {other['num_samples']:,} samples, this one draws {data['num_samples']:,}: "
+            f"the run of {weights} has drawn {drawn:,} samples, this one draws {data['num_samples']:,}: "
             f"what is held out here may have been trained on there; set --data.num_samples "
-            f"{other['num_samples']}, or another --data.draw_seed"
+            f"{drawn}, or another --data.draw_seed"
         )
 
 

@@ -763,6 +763,8 @@ class TestBadInput:
     def test_a_section_that_a_file_has_twice(self, tiny, capsys):
         tiny.write_text(f"{TINY}\nextra: 1\nmodel: {{num_layers: 1}}\n")
         assert "it has model twice, in line " in refused(capsys, "--config", tiny)
+        tiny.write_text("data: {name: digits, name: digits}\n")
+        assert "it has name twice, in line 1 and in line 1" in refused(capsys, "--config", tiny)
         tiny.write_text("data:\n  name: digits\n  name: digits\n")
         assert "it has name twice, in line 2 and in line 3; join them" in refused(capsys, "--config", tiny)
 

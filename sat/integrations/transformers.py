@@ -472,7 +472,10 @@ def _as_padding(padding: Tensor | None, bias: Tensor | None, query: Tensor) -> t
 
     Other numbers are a bias of the scores, and stay one.
     """
-    if bias is None or bias.shape[1] > 1 or bias.shape[2] > 1 or ((bias != 0) & (bias > -torch.inf)).any():
+    if bias is None or bias.shape[1] > 1 or bias.shape[2] > 1:
+        return padding, bias
+    # A compiled graph cannot branch on numbers: there, such a mask is taken for padding.
+    if not torch.compiler.is_compiling() and ((bias != 0) & (bias > -torch.inf)).any():
         return padding, bias
     return (bias[:, 0, 0] > -torch.inf).expand(query.shape[0], -1), None
 
