@@ -80,19 +80,22 @@ class ClassificationModule(LightningModule):
         self.lr, self.warmup_steps = lr, warmup_steps
         self.weight_decay, self.betas, self.eps = weight_decay, (betas[0], betas[1]), eps
         splits = ("fit", "val", "test")
-        # Where tokens are to be found, most labels say that there is nothing to find.
-        ignored = NOT_ASKED if getattr(model, "per_token", False) else None
         self.accuracies = nn.ModuleDict(
             # Micro average: the share of right answers. Not "train": nn.ModuleDict has a method of that name.
-            {name: MulticlassAccuracy(num_classes, average="micro", ignore_index=ignored) for name in splits}
+            {name: MulticlassAccuracy(num_classes, average="micro") for name in splits}
         )
         self.f1_scores = nn.ModuleDict({name: BinaryF1Score() for name in ("val", "test")} if metric == "f1" else {})
         self._warned_at: int | None = None
         self.validation_f1: float | None = None  # the latest; a resumed run may end without another validation
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits ``[B, classes]`` of a batch."""
+        """Logits ``[B, classes]`` of a batch, or of its hidden tokens where these are to be found."""
         return self.model(**{name: value for name, value in batch.items() if name != "labels"})
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The class of each row of logits."""
+        labels = batch["labels"]
+        return labels[labels != NOT_ASKED] if getattr(self.model, "per_token", False) else labels
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The cross entropy of a batch, in nats.
@@ -100,15 +103,15 @@ class ClassificationModule(LightningModule):
         Raises:
             FloatingPointError: it is NaN or infinite. The weights are still those of the step before.
         """
-        logits = self(batch)
-        loss = F.cross_entropy(logits, batch["labels"])
+        logits, targets = self(batch), self.targets(batch)
+        loss = F.cross_entropy(logits, targets)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss is {loss.item()} at step {self.global_step}{self._origin(batch)}; the run stops "
                 f"before this step changes the weights. A smaller optimizer.lr, a longer warm-up or "
                 f"trainer.precision=32-true may help"
             )
-        self._log_accuracy("fit", logits, batch["labels"])
+        self._log_accuracy("fit", logits, targets)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -177,17 +180,17 @@ class ClassificationModule(LightningModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: Batch) -> None:
-        logits = self(batch)
-        size = len(logits)
-        loss = F.cross_entropy(logits, batch["labels"])
+        logits, targets = self(batch), self.targets(batch)
+        size = len(targets)
+        loss = F.cross_entropy(logits, targets)
         if not torch.isfinite(loss) and self._warned_at != self.global_step:
             self._warned_at = self.global_step
             logger.warning("the %s loss is %s at step %d%s", split, loss.item(), self.global_step, self._origin(batch))
         self.log(f"{split}/loss", loss, on_epoch=True, batch_size=size, sync_dist=True)
-        self._log_accuracy(split, logits, batch["labels"])
+        self._log_accuracy(split, logits, targets)
         if split in self.f1_scores:
             f1: Any = self.f1_scores[split]
-            f1(logits.argmax(1), batch["labels"])
+            f1(logits.argmax(1), targets)
             self.log(f"{split}/f1", f1, on_epoch=True, prog_bar=True, batch_size=size)
 
     def on_validation_epoch_end(self) -> None:
@@ -196,12 +199,12 @@ class ClassificationModule(LightningModule):
             f1: Any = self.f1_scores["val"]
             self.validation_f1 = float(f1.compute())
 
-    def _log_accuracy(self, split: str, logits: Tensor, labels: Tensor) -> None:
+    def _log_accuracy(self, split: str, logits: Tensor, targets: Tensor) -> None:
         metric: Any = self.accuracies[split]
-        metric(logits, labels)
+        metric(logits, targets)
         training = split == "fit"
         name = "train/acc" if training else f"{split}/acc"
-        self.log(name, metric, on_step=training, on_epoch=not training, prog_bar=True, batch_size=len(labels))
+        self.log(name, metric, on_step=training, on_epoch=not training, prog_bar=True, batch_size=len(targets))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which attention the model has: the weights of many methods are alike, what they compute is not."""

@@ -17,10 +17,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
 from sat.callback import AdaptiveSparsity, ends_optimizer_step
-from sat.data.hidden import NOT_ASKED
 from sat.plots import attention_pixels, layout_pixels
 from sat.sparsity import Revision
 
@@ -206,10 +204,10 @@ class Monitor(Callback):
                 break
             batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
             with trainer.precision_plugin.val_step_context():  # as validation computes, autocast included
-                logits: Tensor = pl_module(batch)
-            right += int((logits.argmax(1) == batch["labels"]).sum())
-            asked += int((batch["labels"] != NOT_ASKED).sum())
-            samples += len(logits)
+                logits, targets = pl_module(batch), pl_module.targets(batch)
+            right += int((logits.argmax(1) == targets).sum())
+            asked += len(targets)
+            samples += len(batch["labels"])
         pl_module.train()
         counts = torch.tensor([right, asked, samples, cut], device=pl_module.device)
         right, asked, samples, cut = trainer.strategy.reduce(counts, reduce_op="sum").tolist()

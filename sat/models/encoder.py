@@ -274,13 +274,13 @@ class SequenceClassifier(nn.Module):
         self.head = nn.Sequential(nn.Linear(features, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids to logits ``[B, classes]``, or ``[B, classes, L]`` where they are ``per_token``.
+        """Token ids to logits ``[B, classes]``, or ``[T, classes]`` of the T hidden tokens (ids below 0) in order.
 
         ``input_ids`` and ``attention_mask`` (bool, True = a real token) have the shape ``[B, L]``, with two towers
         ``[B, 2, L]``.
         """
         if self.per_token:
-            return self.head(self.encoder(input_ids, attention_mask)).transpose(1, 2)
+            return self.head(self.encoder(input_ids, attention_mask)[input_ids < 0])
         if self.towers == 1:
             return self.head(self.encoder(input_ids, attention_mask).mean(1))
         # Pairs as a batch of twice the size: statistics and layouts are those of both towers together.

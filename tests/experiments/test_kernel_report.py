@@ -8,22 +8,72 @@ import pytest
 from experiments import kernel_report
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_attention_compiles_without_spills(arch, project_root):
+def run(project_root, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    case = ["--block_size", "32", "--head_dim", "64", "--precision", "bfloat16", "--options", "plain"]
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.kernel_report", "--arch", str(arch), *case],
-        cwd=project_root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, *arguments], cwd=project_root, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_attention_compiles_without_spills(arch, project_root):
+    case = ["--block_size", "32", "--head_dim", "64", "--precision", "bfloat16", "--options", "plain"]
+    done = run(project_root, "-m", "experiments.kernel_report", "--arch", str(arch), *case)
     forward = next(line for line in done.stdout.splitlines() if line.startswith("forward"))
     assert {80: "mma", 90: "wgmma", 100: "tcgen05"}[arch] in forward
     assert "only the whole table is" in done.stdout
+
+
+VARYING = """
+import collections
+
+import torch
+import triton
+from triton.runtime import driver
+
+from experiments.kernel_report import _NoDevice
+from sat import ops
+from sat.layout import BlockLayout
+from sat.ops.triton.launch import observed
+
+wanted = collections.defaultdict(set)
+
+
+def want(*, key, fn, **_):
+    wanted[fn.name.split(".")[-1]].add(key)
+    return True  # and do not compile it
+
+
+driver.set_active(_NoDevice(90))
+triton.knobs.runtime.jit_cache_hook = want
+with observed(lambda kernel, programs, *args, **options: kernel.warmup(*args, grid=(1,), **options), (9, 0)):
+    for length in (65, 100, 128, 320, 333, 512, 700, 1000, 1024, 1040, 2048):
+        query, key, value = (torch.empty(2, 2, length, 64, requires_grad=True) for _ in range(3))
+        blocks = -(-length // 64)
+        layout = BlockLayout(torch.ones(2, blocks, blocks, dtype=torch.bool), 64)
+        real = torch.ones(2, length, dtype=torch.bool)
+        masks = {"key_padding_mask": real, "is_causal": True, "backend": "triton"}
+        out = ops.block_sparse_attention(query, key, value, layout, query_padding_mask=real, **masks)
+        out.backward(torch.empty_like(out))
+        ops.attention_statistics(query, key, 64, **masks)
+        scores = ops.sddmm(query, key, layout, backend="triton")
+        weights = ops.sparse_softmax(scores, layout, num_heads=2, query_length=length, **masks)
+        out = ops.spmm(weights, value, layout, backend="triton")
+        out.backward(torch.empty_like(out))
+for name, keys in wanted.items():
+    print(name, len(keys))
+"""
+
+
+def test_varying_lengths_compile_few_kernels(project_root):
+    counts = dict(line.split() for line in run(project_root, "-c", VARYING).stdout.splitlines())
+    # Lengths are whole blocks or not, lists are few or many numbers, and SpMM has two directions.
+    most = {"_spmm_kernel": 4, "_delta_kernel": 1, "_sddmm_kernel": 1, "_softmax_kernel": 1, "_join_kernel": 1}
+    assert len(counts) == 17
+    for name, count in counts.items():
+        assert int(count) <= most.get(name, 2), name
 
 
 def row(**values):

@@ -18,7 +18,7 @@ from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
 from sat.ops.triton.flash_backward import block_attention_backward
 from sat.ops.triton.index import TileIndex, tile_index
-from sat.ops.triton.launch import LOG2_E, launch, matrix_precision, padded
+from sat.ops.triton.launch import LOG2_E, jit_kernel, launch, matrix_precision, padded
 from sat.ops.triton.masking import bias_tile, dropout_keeps, ends, real_bytes
 from sat.ops.triton.parameters import Tile, attention_tiles
 from sat.ops.triton.tiles import (
@@ -109,7 +109,7 @@ def _store_context(
     tl.store(place + 1, log_norm, mask=exists)
 
 
-@triton.jit
+@jit_kernel
 def _forward_kernel(
     q,
     k,
@@ -231,7 +231,7 @@ def _forward_kernel(
         )
 
 
-@triton.jit
+@jit_kernel
 def _join_kernel(
     out,
     lse,

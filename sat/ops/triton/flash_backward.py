@@ -17,7 +17,7 @@ from torch import Tensor
 from sat.ops.autocast import without_autocast
 from sat.ops.checks import no_second_derivative
 from sat.ops.triton.index import TileIndex
-from sat.ops.triton.launch import LOG2_E, launch, padded
+from sat.ops.triton.launch import LOG2_E, jit_kernel, launch, padded
 from sat.ops.triton.masking import (
     bias_tile,
     bias_tiles,
@@ -53,7 +53,7 @@ from sat.ops.triton.tiles import (
 )
 
 
-@triton.jit
+@jit_kernel
 def _delta_kernel(out, grad, delta, heads, query_length, D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr):
     """``rowsum(dO * O)``: what the softmax's gradient subtracts, the same for every key."""
     tiles = tl.cdiv(query_length, ROWS)
@@ -65,7 +65,7 @@ def _delta_kernel(out, grad, delta, heads, query_length, D: tl.constexpr, DIM: t
     tl.store(delta + pair * query_length + query, tl.sum(b_o * b_g, 1), mask=exists)
 
 
-@triton.jit
+@jit_kernel
 def _query_gradient_kernel(
     q,
     k,
@@ -150,7 +150,7 @@ def _query_gradient_kernel(
         store_rows(d_q, sample, head, query, exists, acc, D, DIM)
 
 
-@triton.jit
+@jit_kernel
 def _key_value_gradient_kernel(
     q,
     k,
@@ -278,7 +278,7 @@ def _products(
     return acc
 
 
-@triton.jit
+@jit_kernel
 def _bias_gradient_kernel(
     q,
     k,

@@ -16,12 +16,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from sat.layout import BlockLayout
-from sat.ops.triton.launch import launch
+from sat.ops.triton.launch import chunk, jit_kernel, launch
 
 # Entries hold the block column in the low bits and above them one bit for each row of the group.
 COLUMN_BITS = tl.constexpr(24)
@@ -31,8 +30,9 @@ COLUMN_MASK = tl.constexpr(2**24 - 1)
 SHORTEST_SEGMENT = 8
 # A list is cut where it is longer than so many times the average of its head.
 SPREAD = 4
-# With so many lists there is work enough beside the longest one, and none is cut.
-ENOUGH_LISTS = 4096
+# With so many lists for each entry that the longest can have, there is work enough beside it, and none is cut. A GPU
+# runs some 400 programs at a time: a list of all entries then takes no longer than lists of 6 do by themselves.
+ENOUGH_LISTS = 64
 
 
 class TileIndex(NamedTuple):
@@ -72,7 +72,7 @@ class TileIndex(NamedTuple):
         return int(self.counts.shape[0] > 1)
 
 
-@triton.jit
+@jit_kernel
 def _list_kernel(
     mask,
     entries,
@@ -109,7 +109,7 @@ def _list_kernel(
     tl.store(counts + program, count)
 
 
-@triton.jit
+@jit_kernel
 def _segment_kernel(
     counts, segments, slots, groups, capacity, SPREAD: tl.constexpr, SHORTEST: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -153,7 +153,6 @@ def _tile_index(mask: Tensor, group: int, transposed: bool, cut: bool) -> tuple[
     out = _empty_index(mask, group, cut)
     entries, counts, segments, slots = out
     groups, capacity = counts.shape[1], segments.shape[1]
-    chunk = min(1024, max(16, triton.next_power_of_2(columns)))
     launch(
         _list_kernel,
         heads * groups,
@@ -165,12 +164,11 @@ def _tile_index(mask: Tensor, group: int, transposed: bool, cut: bool) -> tuple[
         columns,
         groups,
         GROUP=group,
-        CHUNK=chunk,
+        CHUNK=chunk(columns),
     )
     if capacity == 0:
         slots.zero_()
         return out
-    chunk = min(1024, max(16, triton.next_power_of_2(groups)))
     launch(
         _segment_kernel,
         heads,
@@ -181,7 +179,7 @@ def _tile_index(mask: Tensor, group: int, transposed: bool, cut: bool) -> tuple[
         capacity,
         SPREAD=SPREAD,
         SHORTEST=SHORTEST_SEGMENT,
-        CHUNK=chunk,
+        CHUNK=chunk(groups),
     )
     return out
 
@@ -225,7 +223,8 @@ def tile_index(layout: BlockLayout, rows_per_tile: int, pairs: int, *, transpose
     ``pairs`` samples times heads will walk them.
     """
     group = max(1, rows_per_tile // layout.block_size)
-    cut = pairs * (layout.shape[1 if transposed else 0] // group) < ENOUGH_LISTS
+    blocks, longest = reversed(layout.shape) if transposed else layout.shape
+    cut = pairs * (blocks // group) < ENOUGH_LISTS * longest
     return kept_with(
         layout,
         ("tile_index", group, transposed, cut),

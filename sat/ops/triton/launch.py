@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Read once, when the kernels are decorated: with TRITON_INTERPRET=1 they run on the CPU, slowly, in NumPy.
@@ -20,6 +21,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
 
 LOG2_E = 1.4426950408889634
+
+# A kernel that is launched. Triton compiles one for numbers of 1, one for multiples of 16 and one for the rest, of each
+# argument: batches of varying length would wait for a compiler again and again. Of lengths there is one.
+jit_kernel = triton.jit(
+    do_not_specialize=(
+        "batch",
+        "length",
+        "out_length",
+        "query_length",
+        "key_length",
+        "rows",
+        "columns",
+        "groups",
+        "capacity",
+        "stride_head",
+    ),
+    do_not_specialize_on_alignment=("stride_row", "stride_column"),
+)
+
+
+# Of numbers in tuples it would compile as many in any case. These go there times ALIKE, and kernels divide them.
+ALIKE = tl.constexpr(16)
 
 _observer: Callable[..., None] | None = None
 _assumed_capability = (9, 0)
@@ -76,6 +99,11 @@ def warn_if_slow(scores: int) -> None:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability that kernels on this device are made for."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else _assumed_capability
+
+
+def chunk(length: int) -> int:
+    """How many of so many numbers a program takes at a time: few or many, for which a kernel each is compiled."""
+    return 64 if length <= 64 else 1024
 
 
 def padded(head_dim: int) -> int:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sat.ops.triton.launch import launch
+from sat.ops.triton.launch import chunk, jit_kernel, launch
 from sat.ops.triton.tiles import LOG2_E_KERNEL
 
 # Philox4x32 with 7 rounds passes all statistical tests (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
@@ -109,7 +109,7 @@ def dropout_keeps(seed, pair, query, key, p):
     return tl.uint_to_uniform_float(random) >= p
 
 
-@triton.jit
+@jit_kernel
 def _ends_kernel(mask, ends, seen, length, CHUNK: tl.constexpr, COUNT: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     first, last, count = length, 0, 0
@@ -150,6 +150,5 @@ def ends(mask: Tensor | None, count: bool = False) -> tuple[Tensor | None, Tenso
     batch, length = mask.shape
     found = mask.new_empty(batch, 2, dtype=torch.int32)
     seen = mask.new_empty(batch, length, dtype=torch.int32) if count else None
-    chunk = min(1024, max(16, triton.next_power_of_2(length)))
-    launch(_ends_kernel, batch, mask, found, seen, length, CHUNK=chunk, COUNT=count)
+    launch(_ends_kernel, batch, mask, found, seen, length, CHUNK=chunk(length), COUNT=count)
     return found, seen

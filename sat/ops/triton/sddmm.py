@@ -15,7 +15,7 @@ from torch import Tensor
 from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
 from sat.ops.triton.index import TileIndex, kept_with, tile_index
-from sat.ops.triton.launch import launch, matrix_precision, padded
+from sat.ops.triton.launch import ALIKE, jit_kernel, launch, matrix_precision, padded
 from sat.ops.triton.parameters import tile
 from sat.ops.triton.tiles import dot, find_item, item_count, listed, load_entry, load_rows, step_along, strided
 
@@ -24,8 +24,8 @@ from sat.ops.triton.tiles import dot, find_item, item_count, listed, load_entry,
 def block_number(numbers, head, row, column):
     """Which of all values the block of a (block) row and column is; for column 0, where the row's values begin."""
     table, stride_head, stride_row, shared = numbers
-    place = table + head * stride_head + row.to(tl.int64) * stride_row + column
-    return head * shared + tl.load(place).to(tl.int64)
+    place = table + head * (stride_head // ALIKE) + row.to(tl.int64) * (stride_row // ALIKE) + column
+    return head * (shared // ALIKE) + tl.load(place).to(tl.int64)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def write_zeros(out, sample, query, first, start, stop, BLOCK: tl.constexpr, ROW
         tl.store(address, zeros, mask=(number < first + stop)[None, :])
 
 
-@triton.jit
+@jit_kernel
 def _sddmm_kernel(
     q,
     k,
@@ -107,7 +107,8 @@ def numbered(numbers: Tensor, heads: int, nnz: int) -> tuple[object, ...]:
     """The table of :func:`block_numbers` for a kernel: heads that share a layout come one after another."""
     layouts, rows, columns = numbers.shape
     per_head = layouts > 1
-    return numbers, rows * columns if per_head else 0, columns, 0 if per_head else nnz // heads
+    steps = rows * columns if per_head else 0, columns, 0 if per_head else nnz // heads
+    return numbers, *(step * ALIKE.value for step in steps)
 
 
 @torch.library.custom_op("sat::sddmm_triton", mutates_args=())

@@ -16,7 +16,7 @@ from torch import Tensor
 from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
 from sat.ops.triton.index import TileIndex
-from sat.ops.triton.launch import launch
+from sat.ops.triton.launch import jit_kernel, launch
 from sat.ops.triton.masking import ends, real_bytes
 from sat.ops.triton.parameters import tile
 from sat.ops.triton.sddmm import block_number, numbered, value_addresses, value_index, values_along, write_zeros
@@ -143,7 +143,7 @@ def _row_sums(
     return pivot, norm, kept
 
 
-@triton.jit
+@jit_kernel
 def _segment_sums_kernel(
     scores,
     partial,
@@ -206,7 +206,7 @@ def _segment_sums_kernel(
     tl.store(place + 2 * ROWS, kept.to(tl.float32))
 
 
-@triton.jit
+@jit_kernel
 def _softmax_kernel(
     scores,
     out,

@@ -14,7 +14,7 @@ from torch import Tensor
 from sat.ops.autocast import without_autocast
 from sat.ops.checks import no_second_derivative
 from sat.ops.triton.index import TileIndex
-from sat.ops.triton.launch import launch
+from sat.ops.triton.launch import jit_kernel, launch
 from sat.ops.triton.masking import bias_tiles, bias_user, count_users, ends, real_bytes, store_bias_gradient, tile_used
 from sat.ops.triton.parameters import tile
 from sat.ops.triton.sddmm import block_number, numbered, value_addresses, values_along, write_zeros
@@ -49,7 +49,7 @@ def _row_delta(
     return delta
 
 
-@triton.jit
+@jit_kernel
 def _segment_delta_kernel(
     weights,
     grad,
@@ -82,7 +82,7 @@ def _segment_delta_kernel(
     tl.store(partial + slot * ROWS + lane, delta)
 
 
-@triton.jit
+@jit_kernel
 def _softmax_gradient_kernel(
     weights,
     grad,
@@ -133,7 +133,7 @@ def _softmax_gradient_kernel(
         write_zeros(d_scores, sample, query, first, tl.maximum(start, stop), end, BLOCK, ROWS, COLUMNS)
 
 
-@triton.jit
+@jit_kernel
 def _bias_gradient_kernel(
     weights,
     grad,

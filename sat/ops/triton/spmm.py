@@ -8,14 +8,13 @@ of weights is ``[ROWS, COLUMNS]``, rows of the output by tokens that are summed 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
 from sat.ops.triton.index import TileIndex
-from sat.ops.triton.launch import launch, matrix_precision, padded
+from sat.ops.triton.launch import jit_kernel, launch, matrix_precision, padded
 from sat.ops.triton.parameters import tile
 from sat.ops.triton.sddmm import (
     block_number,
@@ -41,7 +40,7 @@ from sat.ops.triton.tiles import (
 )
 
 
-@triton.jit
+@jit_kernel
 def _spmm_kernel(
     weights,
     v,

@@ -22,7 +22,7 @@ from torch import Tensor
 from sat.ops.autocast import without_autocast
 from sat.ops.moments import skewness_from_moments
 from sat.ops.torch_operations import _block_areas
-from sat.ops.triton.launch import LOG2_E, capability, launch, matrix_precision, padded
+from sat.ops.triton.launch import LOG2_E, capability, jit_kernel, launch, matrix_precision, padded
 from sat.ops.triton.masking import ends, real_bytes
 from sat.ops.triton.tiles import dot, load_part, real_tokens, strided
 
@@ -51,7 +51,7 @@ def _scores_by_parts(
     return s
 
 
-@triton.jit
+@jit_kernel
 def _logsumexp_kernel(
     lse,
     q,
@@ -157,7 +157,7 @@ def _weights(
     return p
 
 
-@triton.jit
+@jit_kernel
 def _statistics_kernel(
     lse,
     q,

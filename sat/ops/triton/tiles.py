@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sat.ops.triton.index import COLUMN_BITS, COLUMN_MASK, TileIndex
-from sat.ops.triton.launch import INTERPRETED, LOG2_E, launch, padded
+from sat.ops.triton.launch import ALIKE, INTERPRETED, LOG2_E, jit_kernel, launch, padded
 
 LOG2_E_KERNEL = tl.constexpr(LOG2_E)
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -32,8 +32,9 @@ def broadcast(x: Tensor | None) -> tuple[object, ...] | None:
 
 
 def listed(index: TileIndex) -> tuple[object, ...]:
-    """Lists for a kernel, in the order of :func:`find_item`."""
-    return (*index, index.groups, index.longest, index.capacity, index.head_stride)
+    """Lists for a kernel, in the order of :func:`list_sizes`."""
+    sizes = (size * ALIKE.value for size in (index.groups, index.longest, index.capacity))
+    return (*index, *sizes, index.head_stride)
 
 
 def pieces(block_size: int, width: int) -> int:
@@ -48,6 +49,13 @@ def item_count(pairs: int, index: TileIndex, block_size: int, width: int, *, onl
 
 
 @triton.jit
+def list_sizes(lists):
+    """Groups of tiles, entries that a list has room for, most segments, and the step between heads' lists."""
+    _, _, _, _, groups, longest, capacity, head_stride = lists
+    return groups // ALIKE, longest // ALIKE, capacity // ALIKE, head_stride
+
+
+@triton.jit
 def find_item(lists, heads, PIECES: tl.constexpr, ONLY_SEGMENTS: tl.constexpr = False):
     """What this program computes: its sample and head, its tile, and the part of a list that it walks.
 
@@ -55,7 +63,8 @@ def find_item(lists, heads, PIECES: tl.constexpr, ONLY_SEGMENTS: tl.constexpr = 
     because they are the longest. ``slot`` is the place of a partial result, -1 for a whole list. ``ONLY_SEGMENTS``
     leaves whole lists out.
     """
-    entries, counts, segments, slots, groups, longest, capacity, head_stride = lists
+    entries, counts, segments, slots, _, _, _, _ = lists
+    groups, longest, capacity, head_stride = list_sizes(lists)
     program = tl.program_id(0)
     items = capacity * PIECES if ONLY_SEGMENTS else (capacity + groups) * PIECES
     pair = program // items
@@ -228,7 +237,8 @@ def segments_of(lists, head, pair, tile, PIECES: tl.constexpr):
 
     Segment i lies ``i * PIECES`` after the first slot.
     """
-    _, _, _, slots, groups, _, capacity, head_stride = lists
+    slots = lists[3]
+    groups, _, capacity, head_stride = list_sizes(lists)
     place = slots + (head * head_stride * groups + tile // PIECES) * 2
     first = (pair * capacity + tl.load(place)) * PIECES + tile % PIECES
     return first, tl.load(place + 1)
@@ -237,7 +247,7 @@ def segments_of(lists, head, pair, tile, PIECES: tl.constexpr):
 @triton.jit
 def find_segments(lists, heads, PIECES: tl.constexpr):
     """For a program that joins one tile's segments: its sample, head and tile, and :func:`segments_of` them."""
-    _, _, _, _, groups, _, _, _ = lists
+    groups, _, _, _ = list_sizes(lists)
     program = tl.program_id(0)
     pair = (program // (groups * PIECES)).to(tl.int64)
     tile = program % (groups * PIECES)
@@ -246,7 +256,7 @@ def find_segments(lists, heads, PIECES: tl.constexpr):
     return sample, head, pair, tile, first, parts
 
 
-@triton.jit
+@jit_kernel
 def _sum_segments_kernel(
     out,
     partial,

@@ -213,7 +213,14 @@ def test_lists_are_made_once_and_never_cut_where_there_is_work_enough():
     layout = BlockLayout(torch.ones(1, 64, 64, dtype=torch.bool, device=DEVICE), 16)
     assert index.tile_index(layout, 16, 1) is index.tile_index(layout, 16, 1)
     assert index.tile_index(layout, 16, 1).capacity > 0
-    assert index.tile_index(layout, 16, 1000).capacity == 0
+    assert index.tile_index(layout, 16, 63).capacity > 0
+    assert index.tile_index(layout, 16, 64).capacity == 0
+    # Many more lists than that are not enough beside one that is as long as they are many.
+    layout = BlockLayout(torch.ones(1, 1024, 1024, dtype=torch.bool, device=DEVICE), 64)
+    assert index.tile_index(layout, 64, 12).capacity > 0
+    wide = BlockLayout(torch.ones(1, 16, 1024, dtype=torch.bool, device=DEVICE), 64)
+    assert index.tile_index(wide, 64, 64).capacity > 0
+    assert index.tile_index(wide, 64, 64, transposed=True).capacity == 0
 
 
 class TestParameters:
