@@ -19,7 +19,7 @@ from sat.ops.autocast import without_autocast
 from sat.ops.triton.flash_backward import block_attention_backward
 from sat.ops.triton.index import TileIndex, tile_index
 from sat.ops.triton.launch import LOG2_E, jit_kernel, launch, matrix_precision, padded
-from sat.ops.triton.masking import bias_tile, dropout_keeps, ends, real_bytes
+from sat.ops.triton.masking import bias_tile, dropout_keeps, dropout_words, ends, real_bytes
 from sat.ops.triton.parameters import Tile, attention_tiles
 from sat.ops.triton.tiles import (
     broadcast,
@@ -121,7 +121,7 @@ def _forward_kernel(
     query_mask,
     key_ends,
     seen,
-    seed,
+    words,
     lists,
     partial_context,
     partial_sums,
@@ -165,6 +165,8 @@ def _forward_kernel(
     norm = tl.zeros([ROWS], tl.float32)
     kept = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    if DROPOUT:
+        query_words = dropout_words(words, pair, query, exists, query_length + key_length)
     entry = load_entry(entry_list, start, stop, 0, BLOCK, COLUMNS)
     for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
         key, bits, valid = step_along(entry, start, stop, step, BLOCK, COLUMNS)
@@ -194,7 +196,8 @@ def _forward_kernel(
         alpha = tl.exp2(pivot - finite)
         norm = norm * alpha + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p), p, 0.0)
+            key_words = dropout_words(words, pair, query_length + key, inside, query_length + key_length)
+            p = tl.where(dropout_keeps(query_words[:, None], key_words[None, :], dropout_p), p, 0.0)
         acc = dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], PRECISION)
         pivot = highest
 
@@ -314,7 +317,7 @@ def block_attention(
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
     attn_bias: Tensor | None,
-    seed: Tensor | None,
+    words: Tensor | None,
     dropout_p: float,
     scale: float,
     is_causal: bool,
@@ -358,7 +361,7 @@ def block_attention(
         query_mask,
         key_ends,
         seen,
-        seed,
+        words,
         listed(rows),
         context,
         sums,
@@ -369,7 +372,7 @@ def block_attention(
         dropout_p,
         COLUMNS=shape.columns,
         BIAS=attn_bias is not None,
-        DROPOUT=seed is not None,
+        DROPOUT=words is not None,
         RAGGED=key.shape[2] % block_size != 0,
         PRECISION=precision,
         STAGES=shape.stages,
@@ -401,17 +404,17 @@ def _(query: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, block_size, tiles, index, key_mask, query_mask, bias, seed, *rest = inputs
+    query, key, value, mask, block_size, tiles, index, key_mask, query_mask, bias, words, *rest = inputs
     dropout_p, scale, is_causal, _, precision = rest
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, mask, key_mask, query_mask, bias, seed, *output, *index)
+    ctx.save_for_backward(query, key, value, mask, key_mask, query_mask, bias, words, *output, *index)
     ctx.block_size, ctx.tiles = block_size, tiles[4:]  # type: ignore[attr-defined]
     ctx.options = dropout_p, scale, is_causal, precision  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
-    query, key, value, mask, key_mask, query_mask, bias, seed, out, lse, *index = saved
+    query, key, value, mask, key_mask, query_mask, bias, words, out, lse, *index = saved
     bias_grad = bias is not None and bias.requires_grad
     d_query, d_key, d_value, d_bias = block_attention_backward(
         grad,
@@ -427,7 +430,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor)
         key_mask,
         query_mask,
         bias,
-        seed,
+        words,
         *ctx.options,  # type: ignore[attr-defined]
         bias_grad,
     )
@@ -467,8 +470,11 @@ def block_sparse_attention(
     batch, heads, _, dim = query.shape
     inputs = (query, key, value) if attn_bias is None else (query, key, value, attn_bias)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    # Drawn on the device: a seed that is read on the host would make a captured graph repeat one mask for ever.
-    seed = torch.randint(2**31 - 1, (1,), device=query.device, dtype=torch.int32) if dropout_p > 0 else None
+    words = None
+    if dropout_p > 0:
+        # Drawn on the device: a seed that is read on the host would make a captured graph repeat one mask for ever.
+        length = query.shape[2] + key.shape[2]
+        words = torch.randint(-(2**31), 2**31, (batch, heads, length), device=query.device, dtype=torch.int32)
     if tiles is None:
         heavy = attn_bias is not None or dropout_p > 0 or pruned == "zero"
         tiles = attention_tiles(layout.block_size, dim, query.dtype, query.device, heavy)
@@ -483,7 +489,7 @@ def block_sparse_attention(
         key_padding_mask,
         query_padding_mask,
         attn_bias,
-        seed,
+        words,
         dropout_p,
         scale,
         is_causal,

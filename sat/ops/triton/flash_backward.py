@@ -24,6 +24,7 @@ from sat.ops.triton.masking import (
     bias_user,
     count_users,
     dropout_keeps,
+    dropout_words,
     ends,
     real_bytes,
     store_bias_gradient,
@@ -77,7 +78,7 @@ def _query_gradient_kernel(
     bias,
     key_mask,
     key_ends,
-    seed,
+    words,
     lists,
     partial,
     heads,
@@ -117,6 +118,8 @@ def _query_gradient_kernel(
     b_q = load_rows(q, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
     b_g = load_rows(grad, sample, head, query, exists, D, DIM)  # [ROWS, DIM]
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    if DROPOUT:
+        query_words = dropout_words(words, pair, query, exists, query_length + key_length)
     entry = load_entry(entry_list, start, stop, 0, BLOCK, COLUMNS)
     for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, COLUMNS), num_stages=STAGES):
         key, bits, valid = step_along(entry, start, stop, step, BLOCK, COLUMNS)
@@ -139,7 +142,8 @@ def _query_gradient_kernel(
             p = tl.where(keep, p, 0.0)
         d_p = dot(b_g, tl.trans(b_v), None, PRECISION)
         if DROPOUT:
-            kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
+            key_words = dropout_words(words, pair, query_length + key, inside, query_length + key_length)
+            kept = dropout_keeps(query_words[:, None], key_words[None, :], dropout_p)
             d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
         d_s = p * (d_p - row_delta[:, None])
         acc = dot(d_s.to(b_k.dtype), b_k, acc, PRECISION)
@@ -163,7 +167,7 @@ def _key_value_gradient_kernel(
     bias,
     key_mask,
     query_ends,
-    seed,
+    words,
     lists,
     partial_k,
     partial_v,
@@ -210,6 +214,8 @@ def _key_value_gradient_kernel(
     b_v = load_rows(v, sample, head, key, exists, D, DIM)  # [COLUMNS, DIM]
     acc_k = tl.zeros([COLUMNS, DIM], tl.float32)
     acc_v = tl.zeros([COLUMNS, DIM], tl.float32)
+    if DROPOUT:
+        key_words = dropout_words(words, pair, query_length + key, exists, query_length + key_length)
     entry = load_entry(entry_list, start, stop, 0, BLOCK, ROWS)
     for step in tl.range(0, tl.cdiv((stop - start) * BLOCK, ROWS), num_stages=STAGES):
         query, bits, valid = step_along(entry, start, stop, step, BLOCK, ROWS)
@@ -233,7 +239,8 @@ def _key_value_gradient_kernel(
         d_p = dot(b_v, tl.trans(b_g), None, PRECISION)
         dropped = p
         if DROPOUT:
-            kept = dropout_keeps(seed, pair, query[None, :], key[:, None], dropout_p)
+            query_words = dropout_words(words, pair, query, inside, query_length + key_length)
+            kept = dropout_keeps(query_words[None, :], key_words[:, None], dropout_p)
             dropped = tl.where(kept, p / (1 - dropout_p), 0.0)
             d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
         acc_v = dot(dropped.to(b_g.dtype), b_g, acc_v, PRECISION)
@@ -291,7 +298,7 @@ def _bias_gradient_kernel(
     mask,
     key_mask,
     key_ends,
-    seed,
+    words,
     heads,
     query_length,
     key_length,
@@ -333,7 +340,9 @@ def _bias_gradient_kernel(
             p = tl.where(keep, tl.exp2((s - pivot[:, None]) - log_norm[:, None]), 0.0)
             d_p = _products(grad, v, sample, head, query, key, exists, inside, D, DIM, PRECISION)
             if DROPOUT:
-                kept = dropout_keeps(seed, pair, query[:, None], key[None, :], dropout_p)
+                query_words = dropout_words(words, pair, query, exists, query_length + key_length)
+                key_words = dropout_words(words, pair, query_length + key, inside, query_length + key_length)
+                kept = dropout_keeps(query_words[:, None], key_words[None, :], dropout_p)
                 d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
             acc += p * (d_p - row_delta[:, None])
     store_bias_gradient(d_bias, acc, own_tiles, query_length, key_length, TILE, OVER_ROWS, OVER_COLUMNS)
@@ -363,7 +372,7 @@ def block_attention_backward(
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
     attn_bias: Tensor | None,
-    seed: Tensor | None,
+    words: Tensor | None,
     dropout_p: float,
     scale: float,
     is_causal: bool,
@@ -386,7 +395,7 @@ def block_attention_backward(
         "BIAS": attn_bias is not None,
         "KEY_MASK": key_mask is not None,
         "CAUSAL": is_causal,
-        "DROPOUT": seed is not None,
+        "DROPOUT": words is not None,
         "PRECISION": precision,
         **sizes,
     }
@@ -416,7 +425,7 @@ def block_attention_backward(
         broadcast(attn_bias),
         key_mask,
         key_ends,
-        seed,
+        words,
         listed(rows),
         partial,
         *numbers,
@@ -442,7 +451,7 @@ def block_attention_backward(
         broadcast(attn_bias),
         key_mask,
         ends(query_mask)[0],
-        seed,
+        words,
         listed(columns),
         partial_k,
         partial_v,
@@ -472,7 +481,7 @@ def block_attention_backward(
             broadcast(mask.view(torch.uint8)),
             key_mask,
             key_ends,
-            seed,
+            words,
             heads,
             query_length,
             key_length,
@@ -506,7 +515,7 @@ def _(
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
     attn_bias: Tensor | None,
-    seed: Tensor | None,
+    words: Tensor | None,
     dropout_p: float,
     scale: float,
     is_causal: bool,

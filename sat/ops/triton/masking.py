@@ -12,10 +12,6 @@ from torch import Tensor
 from sat.ops.triton.launch import chunk, jit_kernel, launch
 from sat.ops.triton.tiles import LOG2_E_KERNEL
 
-# Philox4x32 with 7 rounds passes all statistical tests (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-# 2011, table 2); Triton's default is 10.
-PHILOX_ROUNDS = tl.constexpr(7)
-
 
 @triton.jit
 def bias_tile(bias, sample, head, query, key, exists):
@@ -102,11 +98,25 @@ def store_bias_gradient(
 
 
 @triton.jit
-def dropout_keeps(seed, pair, query, key, p):
-    """True where dropout keeps a weight: a function of its position, so the same in every kernel that asks."""
-    zero = query * 0 + key * 0
-    random, _, _, _ = tl.philox(tl.load(seed), zero + key, zero + query, zero + pair.to(tl.int32), zero, PHILOX_ROUNDS)
-    return tl.uint_to_uniform_float(random) >= p
+def dropout_words(words, pair, place, exists, length):
+    """Random words of queries, or of keys (whose places begin behind them), of one head of one sample."""
+    found = tl.load(words + pair * length + place, mask=exists, other=0)
+    return found.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def dropout_keeps(query_words, key_words, p):
+    """True where dropout keeps a weight: a function of its position, so the same in every kernel that asks.
+
+    Along a row and along a column the sums modulo 2 are as random as the words are; the hash makes those of one row
+    independent of those of another ("lowbias32" of Wellons, "Prospecting for hash functions", 2018). Random words for
+    each weight, by Philox, would be most of what a kernel computes.
+    """
+    x = query_words ^ key_words
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    x = x ^ (x >> 16)
+    return x >= (tl.zeros([], tl.float32) + p * 4294967296.0).to(tl.uint32)
 
 
 @jit_kernel

@@ -1,13 +1,16 @@
 # The fused kernels against dense attention in float64: on a GPU where there is one, else in Triton's interpreter.
 import functools
+import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from sat import ops
 from sat.layout import BlockLayout
-from sat.ops.triton import flash, flash_backward, index
+from sat.ops.triton import flash, flash_backward, index, masking
 from sat.ops.triton.parameters import attention_tiles
 from tests.ops import oracle
 
@@ -250,6 +253,15 @@ def test_repeatable_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@triton.jit
+def keeps_kernel(kept, words, p, TOKENS: tl.constexpr):
+    lane = tl.arange(0, TOKENS)
+    query_words = masking.dropout_words(words, 0, lane, lane < TOKENS, 2 * TOKENS)
+    key_words = masking.dropout_words(words, 0, TOKENS + lane, lane < TOKENS, 2 * TOKENS)
+    keeps = masking.dropout_keeps(query_words[:, None], key_words[None, :], p)
+    tl.store(kept + lane[:, None] * TOKENS + lane[None, :], keeps.to(tl.int32))
+
+
 class TestDropout:
     p = 0.3
 
@@ -264,8 +276,31 @@ class TestDropout:
         torch.testing.assert_close(dropped[kept], plain[kept] / (1 - self.p))
         share = 1 - kept.sum() / (plain != 0).sum()
         assert abs(share - self.p) < 0.03
+        every = kept.flatten(0, 1)[:, : layout.block_size, : layout.block_size][(plain != 0).flatten(0, 1)[:, 0, 0]]
+        assert len(every.unique(dim=0)) == len(every) > 1  # heads and samples have masks of their own
         again = attend(query, key, value, layout, dropout_p=self.p)
         assert not torch.equal(again, dropped)  # another call draws another mask
+
+    def test_drops_independently_along_rows_and_columns(self):
+        tokens = 512
+        kept = torch.empty(tokens, tokens, dtype=torch.int32, device=DEVICE)
+        words = torch.randint(-(2**31), 2**31, (2 * tokens,), dtype=torch.int32, device=DEVICE)
+        keeps_kernel[(1,)](kept, words, self.p, TOKENS=tokens)
+        # Of unit variance, so that the sum of n products has a standard deviation of sqrt(n).
+        x = (kept.cpu().double() - (1 - self.p)) / math.sqrt(self.p * (1 - self.p))
+        pairs = torch.ones(tokens, tokens).triu(1) > 0
+        # The four corners of rectangles: the sum modulo 2 of three of their words is the fourth.
+        corners = x[:-1, :-1] * x[1:, :-1] * x[:-1, 1:] * x[1:, 1:]
+        sums = {
+            "all": (x.sum(), tokens**2),
+            "rows": (x.sum(1), tokens),
+            "columns": (x.sum(0), tokens),
+            "two rows": ((x @ x.T)[pairs], tokens),
+            "two columns": ((x.T @ x)[pairs], tokens),
+            "corners": (corners.sum(), tokens**2),
+        }
+        for name, (found, count) in sums.items():
+            assert found.abs().max() < 6 * math.sqrt(count), name  # some 10^5 numbers of a normal distribution
 
     def test_gradients_use_the_same_mask(self):
         query, key, _ = tensors((1, 2, 48, 48, 48))
