@@ -10,10 +10,11 @@ new_aan_pairs.*.tsv); without --data, imdb and cifar10 come from the Hugging Fac
 as it ends. The command given again leaves out what is there, trains what is missing, and goes on in the middle of a run
 that was cut off.
 
-small: ListOps of 100 to 250 tokens, the first 512 bytes of reviews (text), CIFAR-10 and Pathfinder at 16 x 16 pixels,
-with the sizes and the settings of SAT of experiments.accuracy; a tenth of the blocks of 8 tokens. Pathfinder is learned
-in two runs, each with the attention of its method: first to find hidden pixels (Amos et al. 2024), then the task. These
-figures cannot be compared with those published, only with each other. With several jobs, times of steps are those of
+small: ListOps of 100 to 250 tokens, the first 512 bytes of reviews (text), and Pathfinder at 16 x 16 pixels, with the
+sizes and the settings of SAT of experiments.accuracy; a tenth of the blocks of 8 tokens. Text and Pathfinder are
+learned in two runs, each with the attention of its method: first to find hidden tokens (Amos et al. 2024), then the
+task. These figures cannot be compared with those published, only with each other. --tasks image is CIFAR-10 at 16 x 16
+pixels, as in experiments.accuracy. With several jobs, times of steps are those of
 jobs beside each other. Writes arena_SCALE.json, and figures of accuracy and cost in plots/ beside it.
 """
 
@@ -49,17 +50,29 @@ PUBLISHED = {
 
 
 def rows(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: accuracies of ours, mean and deviation over the seeds, then those published."""
+    """Header and rows: accuracies of ours, mean and deviation over the seeds, then those published.
+
+    Beside the task of a pretrained model stands what share of the hidden tokens its pretraining found.
+    """
     measured, _ = accuracy_show.comparable(runs, METHODS)
     tasks = [task for task in ARENA if task in measured]
     methods = [name for name in METHODS if any(name in own for own in measured.values())]
-    lines = []
-    for method in methods:
-        found = [accuracy_show.accuracies(measured[task].get(method, [])) for task in tasks]
-        lines.append([method, *(_spread(values) for values in found)])
-    for name, values in PUBLISHED.items():
-        lines.append([f"published: {name}", *(f"{values[task]:.3f}" for task in tasks)])
-    return ["", *tasks], lines
+    header, columns = [""], []
+    for task in tasks:
+        header.append(task)
+        published = [f"{values[task]:.3f}" for values in PUBLISHED.values()]
+        found = [accuracy_show.accuracies(measured[task].get(method, [])) for method in methods]
+        columns.append([*map(_spread, found), *published])
+        before = [_pretrained(measured[task].get(method, [])) for method in methods]
+        if any(before):
+            header.append(f"{task}: hidden tokens found")
+            columns.append([*map(_spread, before), *[""] * len(PUBLISHED)])
+    names = [*methods, *(f"published: {name}" for name in PUBLISHED)]
+    return header, [list(line) for line in zip(names, *columns, strict=True)]
+
+
+def _pretrained(runs: Sequence[dict[str, Any]]) -> list[float]:
+    return [run["summary"]["pretraining"]["test_accuracy"]["final"] for run in runs if "pretraining" in run["summary"]]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -85,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=list(ARENA_TASKS), default="small")
     parser.add_argument("--data", type=Path, help="folder with a folder for each task that is not drawn")
-    parser.add_argument("--tasks", nargs="+", choices=list(ARENA), help="all but retrieval when small, else all")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(ARENA), help="listops, text and pathfinder when small, else all"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS, help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs beside each other (default: %(default)s)")

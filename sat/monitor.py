@@ -194,7 +194,7 @@ class Monitor(Callback):
         self.validation_accuracy["after"] = self._accuracy(trainer, pl_module)
 
     @torch.no_grad()
-    def _accuracy(self, trainer: Trainer, pl_module: LightningModule) -> float:
+    def _accuracy(self, trainer: Trainer, pl_module: Any) -> float:
         """Share of right answers on the first validation batches of all processes; draws no random numbers."""
         right = asked = samples = cut = 0
         pl_module.eval()

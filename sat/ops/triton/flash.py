@@ -327,6 +327,7 @@ def block_attention(
     """Forward pass: the context ``[B, H, L, D]`` and each row's log-sum-exp ``[B, H, L, 2]``, see ``_finish``.
 
     ``mask`` is ``[H|1, M, N]``; ``tiles`` and ``index`` are those of forward pass, dQ, dK and dV, one after the other.
+    ``words`` ``[B, H, L + S]`` int32 are random, of the queries and of the keys, and there if there is dropout.
     The arguments have been checked by :mod:`sat.ops`.
     """
     batch, heads, query_length, dim = query.shape
