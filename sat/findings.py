@@ -147,6 +147,8 @@ def _read_run(folder: Path) -> Findings:
             found.summary = _mapping(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:
             found.notes.append(f"summary.json cannot be read ({_line(error)}).")
+    said = found.summary.get("data_notes")
+    found.notes += [f"{note}." for note in said if isinstance(note, str)] if isinstance(said, list) else []
     for each in _mappings(found.summary.get("transitions")):
         _add_transition(found, each)
     _add_files(found, folder)

@@ -392,6 +392,8 @@ class Run:
         summary["test_accuracy"] = scores["acc"]
         if self.data.metric == "f1":
             summary["test_f1"] = scores["f1"]
+        if self.data.notes:
+            summary["data_notes"] = [f"{self.data.dataset_name}: {note}" for note in self.data.notes]
         if writes:
             runs.write_summary(self.folder / "summary.json", summary)
         runs.print_summary(self.console, self.folder, summary)

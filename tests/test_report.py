@@ -144,6 +144,12 @@ def test_tensorboard_has_images_of_the_switch(run):
     assert (image.width, image.height) == (2 * 160 + 4, 160)
 
 
+def test_what_took_the_place_of_a_test_set_is_said(run):
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "data_notes": ["Yelp: no test set there"]}))
+    assert read([run]).notes == ["Yelp: no test set there."]
+
+
 def test_what_is_read_of_a_run(run):
     found = read([run])
     assert found.notes == []

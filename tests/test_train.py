@@ -17,6 +17,7 @@ from rich.console import Console
 
 from sat import cli, runs, train
 from sat.attention import AdaptiveAttention
+from sat.data.digits import Digits
 from sat.layout import BlockLayout
 from sat.models import SequenceClassifier
 from sat.monitor import Monitor
@@ -343,6 +344,15 @@ def test_settings_that_a_run_did_not_go_on_with_leave_no_trace(tiny, capsys):
     (run_folder() / "config_resumed.yaml").write_text("before")
     refused(capsys, "--config", tiny, "--ckpt_path", "last", "--trainer.max_steps", 40)
     assert (run_folder() / "config_resumed.yaml").read_text() == "before"
+
+
+def test_what_took_the_place_of_a_test_set_is_kept(tiny, monkeypatch, capsys):
+    assert "data_notes" not in run("--config", tiny)  # the digits never had one
+    assert "test set" not in capsys.readouterr().out
+    monkeypatch.setattr(Digits, "has_test_set", True)
+    said = "Digits: no test set there: 180 training samples are held out as one"
+    assert run("--config", tiny, "--name", "other")["data_notes"] == [said]
+    assert said in capsys.readouterr().out
 
 
 def test_a_model_is_pretrained_on_hidden_tokens_and_taken_up(tiny, capsys):

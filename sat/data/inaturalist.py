@@ -46,6 +46,7 @@ class INaturalist(ImageDataModule):
     """
 
     dataset_name = "iNaturalist 2018"
+    has_test_set = False
     content_columns = ("image", "img")
 
     def __init__(
