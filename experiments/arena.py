@@ -14,8 +14,8 @@ small: ListOps of 100 to 250 tokens, the first 512 bytes of reviews (text), and 
 sizes and the settings of SAT of experiments.accuracy; a tenth of the blocks of 8 tokens. Text and Pathfinder are
 learned in two runs, each with the attention of its method: first to find hidden tokens (Amos et al. 2024), then the
 task. These figures cannot be compared with those published, only with each other. --tasks image is CIFAR-10 at 16 x 16
-pixels, as in experiments.accuracy. With several jobs, times of steps are those of
-jobs beside each other. Writes arena_SCALE.json, and figures of accuracy and cost in plots/ beside it.
+pixels, as in experiments.accuracy. With several jobs, times of steps are those of jobs beside each other. Writes
+arena_SCALE.json, and figures of accuracy and cost in plots/ beside it.
 """
 
 from __future__ import annotations

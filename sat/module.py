@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy
 
 from sat.baselines import fingerprint
-from sat.data.hidden import NOT_ASKED
 
 Batch = dict[str, Tensor]
 
@@ -34,7 +33,8 @@ class ClassificationModule(LightningModule):
     ``warmup_steps``, then down to 0 at the last step.
 
     Args:
-        model: called with the batch's entries but ``labels`` by name, gives logits ``[B, classes]``.
+        model: called with the batch's entries but ``labels`` by name, gives logits ``[B, classes]``; if it is
+            ``per_token``, ``[T, classes]`` of the tokens whose ``input_ids`` are below 0, with ``labels`` ``[B, L]``.
         num_classes: number of classes.
         metric: ``f1`` measures, besides the accuracy, the F1 score of class 1 of two.
         lr: largest learning rate.
@@ -95,7 +95,7 @@ class ClassificationModule(LightningModule):
     def targets(self, batch: Batch) -> Tensor:
         """The class of each row of logits."""
         labels = batch["labels"]
-        return labels[labels != NOT_ASKED] if getattr(self.model, "per_token", False) else labels
+        return labels[batch["input_ids"] < 0] if getattr(self.model, "per_token", False) else labels
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The cross entropy of a batch, in nats.

@@ -349,7 +349,7 @@ def test_settings_that_a_run_did_not_go_on_with_leave_no_trace(tiny, capsys):
 def test_what_took_the_place_of_a_test_set_is_kept(tiny, monkeypatch, capsys):
     assert "data_notes" not in run("--config", tiny)  # the digits never had one
     assert "test set" not in capsys.readouterr().out
-    monkeypatch.setattr(Digits, "has_test_set", True)
+    monkeypatch.setattr(Digits, "published", ("train", "test"))
     said = "Digits: no test set there: 180 training samples are held out as one"
     assert run("--config", tiny, "--name", "other")["data_notes"] == [said]
     assert said in capsys.readouterr().out

@@ -62,7 +62,7 @@ class SequenceDataModule(pl.LightningDataModule):
     # What a batch holds: token ids of our own or, for pretrained models, those of a tokenizer, or pictures.
     inputs: Literal["ids", "text", "pictures"] = "ids"
     metric: Literal["acc", "f1"] = "acc"  # by which models are compared on validation data
-    has_test_set = True  # it was published with one: what takes its place where it is missing is said
+    published: tuple[str, ...] = ("train", "test")  # splits that are missed, and said to be, where they are not there
     pixel_tokens = False  # the tokens are the pixels of square pictures, row by row
     towers = 1  # sequences in a sample; of two, ids and mask have the shape [B, 2, L]
 
@@ -236,13 +236,13 @@ class SequenceDataModule(pl.LightningDataModule):
         result = {name: (part, torch.arange(len(part["labels"]))) for name, part in splits.items() if name != "train"}
         if "test" not in result and "validation" in result:
             result["test"] = result.pop("validation")
-            if self.has_test_set:
+            if "test" in self.published:
                 self.notes.append("no test set there: the validation set is the test set")
         for name in ("test", "validation"):
             if name not in result:
                 rows, held_out = self._hold_out(train["labels"], rows)
                 result[name] = (train, held_out)
-                if name == "test" and self.has_test_set:
+                if name == "test" and len(self.published) > 1:
                     self.notes.append(f"no test set there: {len(held_out):,} training samples are held out as one")
         result["train"] = (train, rows)
         for name, (part, chosen) in result.items():

@@ -30,7 +30,7 @@ class Digits(SequenceDataModule):
     vocab_size = 17
     num_classes = 10
     has_padding = False
-    has_test_set = False
+    published = ("train",)
     pixel_tokens = True
 
     def __init__(

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from sat.data.loading import Batch
 
 HIDDEN = -1  # the id of a hidden token
-NOT_ASKED = -100  # the label of a token that is there: PyTorch's cross entropy leaves it out
+NOT_ASKED = -100  # the label of a token that is there
 
 
 def hide_tokens(share: float, batch: Batch, generator: np.random.Generator) -> Batch:

@@ -46,7 +46,7 @@ class INaturalist(ImageDataModule):
     """
 
     dataset_name = "iNaturalist 2018"
-    has_test_set = False
+    published = ("train", "validation")
     content_columns = ("image", "img")
 
     def __init__(

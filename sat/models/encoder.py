@@ -157,7 +157,7 @@ class Encoder(nn.Module):
 
 
 class SequenceClassifier(nn.Module):
-    """The encoder, the mean over the full padded length, and a head of two layers; or the head at each token.
+    """The encoder, the mean over the full padded length, and a head of two layers; or the head at hidden tokens.
 
     With two towers, a sample is two sequences, which the same encoder reads; the head gets both means, their product
     and their difference, as in the Long Range Arena's matching task (Tay et al. 2021).
@@ -187,7 +187,7 @@ class SequenceClassifier(nn.Module):
         positions: how learned positions begin: ``random``, or as ``sine`` waves, of rows and columns where tokens are
             pixels, see :func:`sine_positions`.
         towers: sequences in a sample, 1 or 2.
-        per_token: a prediction for each token instead of one for all, of what is hidden there, see
+        per_token: a prediction for each hidden token, of what is hidden there, instead of one for all, see
             :class:`sat.data.SequenceDataModule`.
         grid: ``(rows, columns)`` in which the tokens of a picture lie, row by row; None: in one row.
 

@@ -159,7 +159,8 @@ def option(command: list[str], name: str) -> str | None:
     return command[command.index(name) + 1] if name in command else None
 
 
-def test_pathfinder_is_pretrained_and_goes_on_between_the_two(started, monkeypatch):
+@pytest.mark.parametrize(("task", "share"), [("pathfinder", 0.4), ("text", 0.25)])
+def test_a_task_is_pretrained_and_goes_on_between_the_two(started, monkeypatch, task, share):
     good, runs = accuracy.execute, []
 
     def execute(command, log, environment):
@@ -169,19 +170,20 @@ def test_pathfinder_is_pretrained_and_goes_on_between_the_two(started, monkeypat
         return good(command, log, environment)
 
     monkeypatch.setattr(accuracy, "execute", execute)
-    arguments = ["--tasks", "pathfinder", "--methods", "dense", "--seeds", "0"]
+    arguments = ["--tasks", task, "--methods", "dense", "--seeds", "0"]
     with pytest.raises(SystemExit, match="interrupted"):
         measure(*arguments)
     (found,) = measure(*arguments)
     assert [option(command, "--name") for command in runs] == ["pretraining", "run", "run"]
-    assert [option(command, "--data.hide") for command in runs] == ["0.4", None, None]
+    assert [option(command, "--data.hide") for command in runs] == [str(share), None, None]
     assert option(runs[0], "--init_from") is None
     assert option(runs[2], "--init_from") == str(Path(option(runs[0], "--output_dir") or "") / "pretraining" / "now")
     assert option(runs[0], "--trainer.max_steps") != option(runs[2], "--trainer.max_steps")
     assert found["summary"]["training_seconds"] == 6.0  # of both
     assert found["summary"]["pretraining"]["steps"] == 7
-    assert found["options"]["pretraining.data.hide"] == 0.4
-    cli.parse(runs[0][3:])
+    assert found["options"]["pretraining.data.hide"] == share
+    for command in runs:
+        cli.parse(command[3:])
 
 
 def test_methods_of_a_pretrained_task_have_all_but_their_own_settings_in_common(started):

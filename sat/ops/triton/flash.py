@@ -175,6 +175,8 @@ def _forward_kernel(
         b_k = load_rows(k, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
         b_v = load_rows(v, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
         s = dot(b_q, tl.trans(b_k), None, PRECISION) * scale  # [ROWS, COLUMNS]
+        if DROPOUT:
+            key_words = dropout_words(words, pair, query_length + key, inside, query_length + key_length)
         if KEY_MASK:
             inside = real_tokens(key_mask, sample, key, inside, key_length)
         if BIAS:
@@ -196,7 +198,6 @@ def _forward_kernel(
         alpha = tl.exp2(pivot - finite)
         norm = norm * alpha + tl.sum(p, 1)
         if DROPOUT:
-            key_words = dropout_words(words, pair, query_length + key, inside, query_length + key_length)
             p = tl.where(dropout_keeps(query_words[:, None], key_words[None, :], dropout_p), p, 0.0)
         acc = dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], PRECISION)
         pivot = highest

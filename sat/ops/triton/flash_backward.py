@@ -128,6 +128,8 @@ def _query_gradient_kernel(
         b_k = load_rows(k, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
         b_v = load_rows(v, sample, head, key, inside, D, DIM)  # [COLUMNS, DIM]
         s = dot(b_q, tl.trans(b_k), None, PRECISION) * scale_log2  # [ROWS, COLUMNS]
+        if DROPOUT:
+            key_words = dropout_words(words, pair, query_length + key, inside, query_length + key_length)
         if KEY_MASK:
             inside = real_tokens(key_mask, sample, key, inside, key_length)
         if BIAS:
@@ -142,7 +144,6 @@ def _query_gradient_kernel(
             p = tl.where(keep, p, 0.0)
         d_p = dot(b_g, tl.trans(b_v), None, PRECISION)
         if DROPOUT:
-            key_words = dropout_words(words, pair, query_length + key, inside, query_length + key_length)
             kept = dropout_keeps(query_words[:, None], key_words[None, :], dropout_p)
             d_p = tl.where(kept, d_p / (1 - dropout_p), 0.0)
         d_s = p * (d_p - row_delta[:, None])
@@ -437,6 +438,7 @@ def block_attention_backward(
         **options,
     )
     sum_segments(d_query, partial, rows, block_size, shape.rows)
+    del partial
 
     shape = Tile(*tiles[4:])
     partial_k, partial_v = (

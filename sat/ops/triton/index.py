@@ -30,6 +30,8 @@ COLUMN_MASK = tl.constexpr(2**24 - 1)
 SHORTEST_SEGMENT = 8
 # A list is cut where it is longer than so many times the average of its head.
 SPREAD = 4
+# Segments of all lists together, at most: each has a partial result in memory.
+MOST_SEGMENTS = 4096
 # With so many lists for each entry that the longest can have, there is work enough beside it, and none is cut. A GPU
 # runs some 400 programs at a time: a list of all entries then takes no longer than lists of 6 do by themselves.
 ENOUGH_LISTS = 64
@@ -113,7 +115,11 @@ def _list_kernel(
 def _segment_kernel(
     counts, segments, slots, groups, capacity, SPREAD: tl.constexpr, SHORTEST: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One head's cut lists. There are fewer than ``2 * groups / SPREAD`` segments, because a cut list is long."""
+    """One head's cut lists.
+
+    A cut list is long, so there are fewer than ``2 * groups / SPREAD`` segments. Where that is still more than there is
+    room for, they are made longer.
+    """
     head = tl.program_id(0).to(tl.int64)
     p_counts, p_slots = counts + head * groups, slots + head * groups * 2
     p_segments = segments + head * capacity * 3
@@ -128,6 +134,14 @@ def _segment_kernel(
     # At least SPREAD times the average, in whole multiples of the shortest.
     length = tl.cdiv(tl.cdiv(total * SPREAD, groups), SHORTEST) * SHORTEST
     length = tl.maximum(length, SHORTEST).to(tl.int32)
+    needed = capacity + 1
+    while needed > capacity:
+        needed = 0
+        for start in range(0, groups, CHUNK):
+            group = start + tl.arange(0, CHUNK)
+            count = tl.load(p_counts + group, mask=group < groups, other=0)
+            needed += tl.sum(tl.where(count > length, tl.cdiv(count, length), 0), 0)
+        length = tl.where(needed > capacity, length * 2, length)
     used = 0
     for start in range(0, groups, CHUNK):
         group = start + tl.arange(0, CHUNK)
@@ -146,13 +160,13 @@ def _segment_kernel(
 
 
 @torch.library.custom_op("sat::tile_index", mutates_args=())
-def _tile_index(mask: Tensor, group: int, transposed: bool, cut: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tile_index(mask: Tensor, group: int, transposed: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if transposed:
         mask = mask.transpose(1, 2)
     heads, rows, columns = mask.shape
-    out = _empty_index(mask, group, cut)
+    out = _empty_index(mask, group, capacity)
     entries, counts, segments, slots = out
-    groups, capacity = counts.shape[1], segments.shape[1]
+    groups = counts.shape[1]
     launch(
         _list_kernel,
         heads * groups,
@@ -184,19 +198,17 @@ def _tile_index(mask: Tensor, group: int, transposed: bool, cut: bool) -> tuple[
     return out
 
 
-def _empty_index(mask: Tensor, group: int, cut: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_index(mask: Tensor, group: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, rows, columns = mask.shape
     groups = (rows + group - 1) // group
-    # Fewer than groups / SPREAD lists can be that much longer than the average, and none that is short anyway.
-    capacity = 2 * groups // SPREAD if cut and columns > SHORTEST_SEGMENT and groups > SPREAD else 0
     shapes = ((heads, groups, columns), (heads, groups), (heads, capacity, 3), (heads, groups, 2))
     entries, counts, segments, slots = (mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
     return entries, counts, segments, slots
 
 
 @_tile_index.register_fake
-def _(mask: Tensor, group: int, transposed: bool, cut: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_index(mask.transpose(1, 2) if transposed else mask, group, cut)
+def _(mask: Tensor, group: int, transposed: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_index(mask.transpose(1, 2) if transposed else mask, group, capacity)
 
 
 def kept_with(layout: BlockLayout, key: object, make: Callable[[], Any]) -> Any:
@@ -224,9 +236,12 @@ def tile_index(layout: BlockLayout, rows_per_tile: int, pairs: int, *, transpose
     """
     group = max(1, rows_per_tile // layout.block_size)
     blocks, longest = reversed(layout.shape) if transposed else layout.shape
-    cut = pairs * (blocks // group) < ENOUGH_LISTS * longest
+    groups, capacity = (blocks + group - 1) // group, 0
+    if pairs * groups < ENOUGH_LISTS * longest and longest > SHORTEST_SEGMENT and groups > SPREAD:
+        # Fewer than groups / SPREAD lists can be that much longer than the average.
+        capacity = min(2 * groups // SPREAD, MOST_SEGMENTS // pairs)
     return kept_with(
         layout,
-        ("tile_index", group, transposed, cut),
-        lambda: TileIndex(*_tile_index(layout.mask, group, transposed, cut)),
+        ("tile_index", group, transposed, capacity),
+        lambda: TileIndex(*_tile_index(layout.mask, group, transposed, capacity)),
     )

@@ -23,7 +23,8 @@ OLDEST_CAPABILITY = (8, 0)
 LOG2_E = 1.4426950408889634
 
 # A kernel that is launched. Triton compiles one for numbers of 1, one for multiples of 16 and one for the rest, of each
-# argument: batches of varying length would wait for a compiler again and again. Of lengths there is one.
+# argument: batches of varying length would wait for a compiler again and again. Not for these; strides stay as they
+# are, because wide loads depend on them (those of a bias go with the length).
 jit_kernel = triton.jit(
     do_not_specialize=(
         "batch",

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sat.ops.triton.launch import chunk, jit_kernel, launch
+from sat.ops.triton.launch import ALIKE, chunk, jit_kernel, launch
 from sat.ops.triton.tiles import LOG2_E_KERNEL
 
 
@@ -25,7 +25,8 @@ def bias_tile(bias, sample, head, query, key, exists):
 @triton.jit
 def count_users(users):
     """How often a value of the bias is used; in 64 bits, because one that all scores share is used as often as that."""
-    return tl.zeros([], tl.int64) + users[0] * users[1] * (tl.zeros([], tl.int64) + users[2]) * users[3]
+    one = tl.full([], 1, tl.int64)
+    return one * (users[0] // ALIKE) * (users[1] // ALIKE) * (users[2] // ALIKE) * (users[3] // ALIKE)
 
 
 @triton.jit
@@ -35,13 +36,14 @@ def bias_user(work, own_tiles, bias_heads, users):
     ``own_tiles`` are the bias's own tiles of rows and of columns; ``users`` says how many samples, heads, row tiles and
     column tiles use each of its values.
     """
-    _, heads_each, rows_each, columns_each = users
+    heads_each, rows_each, columns_each = users[1] // ALIKE, users[2] // ALIKE, users[3] // ALIKE
+    own_rows, own_columns = own_tiles[0] // ALIKE, own_tiles[1] // ALIKE
     program = tl.program_id(0)
-    own = program // (own_tiles[1] * own_tiles[0])
+    own = program // (own_columns * own_rows)
     sample = own // bias_heads + work // (heads_each * rows_each * columns_each)
     head = own % bias_heads + work // (rows_each * columns_each) % heads_each
-    row_tile = program // own_tiles[1] % own_tiles[0] + work // columns_each % rows_each
-    column_tile = program % own_tiles[1] + work % columns_each
+    row_tile = program // own_columns % own_rows + work // columns_each % rows_each
+    column_tile = program % own_columns + work % columns_each
     return sample.to(tl.int64), head.to(tl.int64), row_tile.to(tl.int32), column_tile.to(tl.int32)
 
 
@@ -83,8 +85,9 @@ def store_bias_gradient(
     """Write a program's tile of the (contiguous) bias gradient, added up over what it broadcasts to."""
     program = tl.program_id(0)
     lane = tl.arange(0, TILE)
-    row = program // own_tiles[1] % own_tiles[0] * TILE + lane
-    column = program % own_tiles[1] * TILE + lane
+    own_rows, own_columns = own_tiles[0] // ALIKE, own_tiles[1] // ALIKE
+    row = program // own_columns % own_rows * TILE + lane
+    column = program % own_columns * TILE + lane
     rows, columns = query_length, key_length
     if OVER_ROWS:
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [TILE, TILE])
@@ -92,7 +95,7 @@ def store_bias_gradient(
     if OVER_COLUMNS:
         acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], [TILE, TILE])
         columns = 1
-    own = (program // (own_tiles[1] * own_tiles[0])).to(tl.int64)
+    own = (program // (own_columns * own_rows)).to(tl.int64)
     address = d_bias + (own * rows + row[:, None]) * columns + column[None, :]
     tl.store(address, acc, mask=(row < rows)[:, None] & (column < columns)[None, :])
 
@@ -113,8 +116,8 @@ def dropout_keeps(query_words, key_words, p):
     each weight, by Philox, would be most of what a kernel computes.
     """
     x = query_words ^ key_words
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
+    x = tl.mul(x ^ (x >> 16), 0x7FEB352D, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 15), 0x846CA68B, sanitize_overflow=False)
     x = x ^ (x >> 16)
     return x >= (tl.zeros([], tl.float32) + p * 4294967296.0).to(tl.uint32)
 
@@ -142,7 +145,8 @@ def bias_tiles(
     tiles = [-(-length // size) for length in lengths]
     own = [count if length > 1 else 1 for count, length in zip(tiles, bias_shape[2:], strict=True)]
     users = (batch // bias_shape[0], heads // bias_shape[1], tiles[0] // own[0], tiles[1] // own[1])
-    return bias_shape[0] * bias_shape[1] * own[0] * own[1], tuple(own), users
+    programs = bias_shape[0] * bias_shape[1] * own[0] * own[1]
+    return programs, tuple(count * ALIKE.value for count in own), tuple(count * ALIKE.value for count in users)
 
 
 def real_bytes(mask: Tensor | None) -> Tensor | None:

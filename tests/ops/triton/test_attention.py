@@ -254,12 +254,13 @@ def test_repeatable_bit_for_bit():
 
 
 @triton.jit
-def keeps_kernel(kept, words, p, TOKENS: tl.constexpr):
-    lane = tl.arange(0, TOKENS)
-    query_words = masking.dropout_words(words, 0, lane, lane < TOKENS, 2 * TOKENS)
-    key_words = masking.dropout_words(words, 0, TOKENS + lane, lane < TOKENS, 2 * TOKENS)
+def keeps_kernel(kept, words, p, TOKENS: tl.constexpr, TILE: tl.constexpr):
+    query = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    key = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    query_words = masking.dropout_words(words, 0, query, query < TOKENS, 2 * TOKENS)
+    key_words = masking.dropout_words(words, 0, TOKENS + key, key < TOKENS, 2 * TOKENS)
     keeps = masking.dropout_keeps(query_words[:, None], key_words[None, :], p)
-    tl.store(kept + lane[:, None] * TOKENS + lane[None, :], keeps.to(tl.int32))
+    tl.store(kept + query[:, None] * TOKENS + key[None, :], keeps.to(tl.int32))
 
 
 class TestDropout:
@@ -282,10 +283,10 @@ class TestDropout:
         assert not torch.equal(again, dropped)  # another call draws another mask
 
     def test_drops_independently_along_rows_and_columns(self):
-        tokens = 512
+        tokens, tile = 512, 64
         kept = torch.empty(tokens, tokens, dtype=torch.int32, device=DEVICE)
         words = torch.randint(-(2**31), 2**31, (2 * tokens,), dtype=torch.int32, device=DEVICE)
-        keeps_kernel[(1,)](kept, words, self.p, TOKENS=tokens)
+        keeps_kernel[(tokens // tile, tokens // tile)](kept, words, self.p, TOKENS=tokens, TILE=tile)
         # Of unit variance, so that the sum of n products has a standard deviation of sqrt(n).
         x = (kept.cpu().double() - (1 - self.p)) / math.sqrt(self.p * (1 - self.p))
         pairs = torch.ones(tokens, tokens).triu(1) > 0
@@ -302,17 +303,29 @@ class TestDropout:
         for name, (found, count) in sums.items():
             assert found.abs().max() < 6 * math.sqrt(count), name  # some 10^5 numbers of a normal distribution
 
-    def test_gradients_use_the_same_mask(self):
-        query, key, _ = tensors((1, 2, 48, 48, 48))
-        layout = oracle.random_layout(2, 3, 3, 16)
-        eye = torch.eye(48).expand(1, 2, 48, 48)
-        torch.manual_seed(3)
-        kept = attend(*(x.to(DEVICE) for x in (query, key, eye)), layout.to(DEVICE), dropout_p=self.p).cpu() != 0
-        inputs = [x.to(DEVICE).requires_grad_() for x in (query, key, torch.randn(1, 2, 48, 48))]
-        torch.manual_seed(3)
-        out = attend(*inputs, layout.to(DEVICE), dropout_p=self.p)
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_gradients_use_the_same_mask(self, masked):
+        """With more keys than queries, a group of rows a tile, and (``masked``) padding and a bias with a gradient."""
+        batch, length, keys = 2, 40, 70
+        query, key, _ = tensors((batch, 2, length, keys, keys))
+        layout = oracle.random_layout(2, 3, 5, 16)
+        eye = torch.eye(keys).expand(batch, 2, keys, keys)
+        real = padding(3, keys)[[0, 1]]
+        bias = torch.randn(1, 2, length, keys) if masked else None
+        options = {"key_padding_mask": real if masked else None, "attn_bias": bias}
+
+        def attended(query, key, value, bias):
+            torch.manual_seed(3)
+            own = moved({**options, "attn_bias": bias})
+            return attend(query, key, value, layout.to(DEVICE), dropout_p=self.p, **own)
+
+        kept = attended(*(x.to(DEVICE) for x in (query, key, eye)), bias).cpu() != 0
+        leaves = [query, key, torch.randn(batch, 2, keys, keys), *([bias] if masked else [])]
+        inputs = [x.detach().to(DEVICE).requires_grad_() for x in leaves]
+        out = attended(*inputs[:3], inputs[3] if masked else None)
         exact_inputs = [x.detach().cpu().double().requires_grad_() for x in inputs]
-        weights = oracle.attention(*exact_inputs[:2], eye.double(), layout)
+        exact_options = options | {"attn_bias": exact_inputs[3] if masked else None}
+        weights = oracle.attention(*exact_inputs[:2], eye.double(), layout, **exact_options)
         exact = torch.where(kept, weights / (1 - self.p), 0.0) @ exact_inputs[2]
         torch.testing.assert_close(out.cpu().double(), exact, rtol=1e-4, atol=1e-5)
         for ours, expected in zip(

@@ -179,18 +179,10 @@ def test_compiles_with_sizes_that_are_kept_open(name):
         torch.testing.assert_close(compiled(query, size), run(query, size))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
-@pytest.mark.parametrize("shape", [(1, 13, 17), (3, 40, 40), (2, 64, 3), (2, 3, 64), (1, 1, 1)], ids=str)
-def test_lists_hold_each_groups_union(shape, group, transposed):
-    mask = torch.rand(shape) < 0.1
-    mask[:, :, shape[2] // 2] = True
-    mask[0, shape[1] // 2] = True
-    mask[-1, shape[1] - 1] = False
-    lists = index.tile_index(BlockLayout(mask.to(DEVICE), 16), 16 * group, 1, transposed=transposed)
+def check_lists(own, lists, group):
+    """They hold what a mask keeps, and the segments of a cut list are all of it, in order."""
     entries, counts, segments, slots = (x.cpu() for x in lists)
-    own = mask.transpose(1, 2) if transposed else mask
-    for head in range(shape[0]):
+    for head in range(len(own)):
         for i, rows in enumerate(own[head].split(group)):
             listed = entries[head, i, : counts[head, i]]
             assert (listed & 2**24 - 1).tolist() == rows.any(0).nonzero()[:, 0].tolist()
@@ -207,6 +199,32 @@ def test_lists_hold_each_groups_union(shape, group, transposed):
                 assert max(b - a for a, b in itertools.pairwise(bounds)) < counts[head, i]
         used = slots[head, :, 1].sum()
         assert (segments[head, used:, 0] == -1).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 13, 17), (3, 40, 40), (2, 64, 3), (2, 3, 64), (1, 1, 1)], ids=str)
+def test_lists_hold_each_groups_union(shape, group, transposed):
+    mask = torch.rand(shape) < 0.1
+    mask[:, :, shape[2] // 2] = True
+    mask[0, shape[1] // 2] = True
+    mask[-1, shape[1] - 1] = False
+    lists = index.tile_index(BlockLayout(mask.to(DEVICE), 16), 16 * group, 1, transposed=transposed)
+    check_lists(mask.transpose(1, 2) if transposed else mask, lists, group)
+
+
+def test_there_are_no_more_segments_than_room(monkeypatch):
+    kept = torch.eye(64, dtype=torch.bool)[None].repeat(3, 1, 1)
+    kept[0, :8], kept[1, 5], kept[2, 7:10] = True, True, True  # eight long lists, one, and three
+    layout = BlockLayout(kept.to(DEVICE), 16)
+    monkeypatch.setattr(index, "MOST_SEGMENTS", 3 * 8)
+    lists = index.tile_index(layout, 16, 3)
+    assert lists.capacity == 8
+    check_lists(kept, lists, 1)
+    parts = lists.slots[..., 1].cpu()
+    assert parts[0].sum() == 0  # each of the eight in two parts would be too many
+    assert parts[1].sum() == parts[1, 5] == 8
+    assert parts[2, 7:10].tolist() == [2, 2, 2]  # of 32 entries: four of 16 would be too many
 
 
 def test_lists_are_made_once_and_never_cut_where_there_is_work_enough():
