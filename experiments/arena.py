@@ -1,6 +1,6 @@
 """The Long Range Arena: dense attention, a window and SAT on its tasks, beside what was published.
 
-    python -m experiments.arena --data FOLDER --jobs 2                # small: about two hours of two cores
+    python -m experiments.arena --data FOLDER --jobs 2                # small: two to three hours of two cores
     python -m experiments.arena --tasks listops --seeds 0             # drawn, nothing to download
     python -m experiments.arena --scale paper --data FOLDER           # the configs lra_*.yaml as they stand, on a GPU
     python -m experiments.arena --table                               # what has been measured so far
