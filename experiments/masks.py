@@ -465,7 +465,7 @@ def show(runs: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the data sets; from the hub when not given")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
@@ -480,7 +480,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the results")
     parser.add_argument("--table", action="store_true", help="only show what has been measured")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker:
         work(args.worker[0], int(args.worker[1]), args.rules, args.steps, args.density, args.data)
         return

@@ -1,9 +1,6 @@
 """The study of rules for the blocks: what they choose, and what they go by."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ from experiments import masks
 from sat.attention import AdaptiveAttention
 from sat.layout import BlockLayout
 
-ROOT = Path(__file__).parents[2]
 SHAPE = (masks.LAYERS, masks.HEADS, masks.SIDE, masks.SIDE)
 DENSITY = 0.1
 COUNT = int(masks.SIDE**2 * DENSITY)
@@ -142,29 +138,31 @@ def test_studied_attention_is_attention(padded, sparse):
 
 
 def command(tmp_path, *arguments):
-    words = [sys.executable, "-m", "experiments.masks", "--out", str(tmp_path), *arguments]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    masks.main(["--out", str(tmp_path), *arguments])
 
 
-def test_a_table_of_what_has_been_measured(tmp_path):
+def test_a_table_of_what_has_been_measured(tmp_path, capsys):
     settings = {"steps": 500, "density": 0.1}
     run = {"task": "digits", "captured_mass": 0.1, "best_mass": 0.2, "settings": settings}
     runs = [{**run, "rule": "mass", "seed": seed, "accuracy": accuracy} for seed, accuracy in enumerate((0.5, 0.7))]
     runs.append({**run, "rule": "mass", "seed": 0, "accuracy": 0.1, "settings": {"steps": 1000, "density": 0.1}})
     (tmp_path / "masks.json").write_text(json.dumps({"runs": runs}))
-    done = command(tmp_path, "--table")
-    assert done.returncode == 0
-    assert "0.600 (2)" in done.stdout
-    assert "50%" in done.stdout
-    done = command(tmp_path, "--table", "--density", "0.2")
-    assert done.returncode == 1
-    assert "nothing has been measured with these settings yet" in done.stderr
+    command(tmp_path, "--table")
+    shown = capsys.readouterr().out
+    assert "0.600 (2)" in shown
+    assert "50%" in shown
+    with pytest.raises(SystemExit, match="nothing has been measured with these settings yet"):
+        command(tmp_path, "--table", "--density", "0.2")
 
 
-def test_what_cannot_be_is_refused(tmp_path):
-    assert "--steps must be at least 100" in command(tmp_path, "--steps", "10").stderr
-    assert "--density must be 1/32" in command(tmp_path, "--density", "2").stderr
-    done = command(tmp_path, "--tasks", "cifar10", "--seeds", "0", "--rules", "window", "--data", str(tmp_path))
-    assert done.returncode == 1
-    assert str(tmp_path / "cifar10") in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_what_cannot_be_is_refused(tmp_path, capsys):
+    for arguments, said in (
+        (["--steps", "10"], "--steps must be at least 100"),
+        (["--density", "2"], "--density must be 1/32"),
+    ):
+        with pytest.raises(SystemExit):
+            command(tmp_path, *arguments)
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=str(tmp_path / "cifar10")) as stop:
+        command(tmp_path, "--tasks", "cifar10", "--seeds", "0", "--rules", "window", "--data", str(tmp_path))
+    assert "\n" not in str(stop.value)
