@@ -29,6 +29,11 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.hasten()
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -171,7 +171,19 @@ def interrupt_at(monkeypatch, step: int) -> None:
 
 
 # Epochs have 8 steps, validation comes every 7.
-@pytest.mark.parametrize("step", [2, 7, 8, SWITCH - 1, SWITCH, SWITCH + 1, 14, 16, 19])
+@pytest.mark.parametrize(
+    "step",
+    [
+        2,
+        pytest.param(7, marks=pytest.mark.long),
+        8,
+        SWITCH,
+        SWITCH + 1,
+        pytest.param(14, marks=pytest.mark.long),
+        16,
+        19,
+    ],
+)
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tiny, monkeypatch, capsys, step):
     run("--config", tiny, "--name", "whole")
     with monkeypatch.context() as patch:
@@ -479,7 +491,7 @@ def test_names(tiny):
     assert (args.name, args.data.name) == ("yelp", "yelp")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.1])
 def test_compiled(tiny, dropout, monkeypatch):
     # The graphs are what is ours; turning them into machine code would take a minute and a C++ compiler.
     compile_model = torch.nn.Module.compile
@@ -488,7 +500,8 @@ def test_compiled(tiny, dropout, monkeypatch):
     assert len(summary["transitions"]) == 2
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_runs_of_one_seed_are_alike_bit_for_bit(tiny, backend, monkeypatch):
     compile_model = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_model(self, backend=backend, **kw))

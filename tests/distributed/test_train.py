@@ -69,7 +69,7 @@ def succeeded(outcomes: list[Outcome]) -> list[Outcome]:
 @pytest.mark.parametrize(
     ("processes", "options"),
     [
-        pytest.param(2, [], id="ddp"),
+        pytest.param(2, [], id="ddp", marks=pytest.mark.long),  # those after it hold it
         pytest.param(
             2, ["--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 14, *FISHER], id="accumulated"
         ),
@@ -98,12 +98,20 @@ def test_processes_reach_what_one_reaches(folder, processes, options):
     assert (revisions > 1) == (FISHER[1] in options)
 
 
-def test_a_job_that_is_killed_in_every_phase_goes_on(folder):
+@pytest.mark.parametrize(
+    "kills",
+    [
+        # While rank 1 has its layouts and rank 0 waits for their hash.
+        pytest.param([(1, "switch", SWITCH)], id="switch"),
+        # Also in the dense phase; and in the sparse phase, rank 0.
+        pytest.param([(1, "step", 6), (1, "switch", SWITCH), (0, "step", 17)], id="all", marks=pytest.mark.long),
+    ],
+)
+def test_a_job_that_is_killed_goes_on(folder, kills):
     options = [*SINGLE, "--model.dropout", 0.1]  # each process draws its own
     succeeded(train(folder, 2, "--name", "whole", *options))
     resume: list[object] = []
-    # In the dense phase; while rank 1 has its layouts and rank 0 waits for their hash; in the sparse phase, rank 0.
-    for kill in [(1, "step", 6), (1, "switch", SWITCH), (0, "step", 17)]:
+    for kill in kills:
         outcomes = train(folder, 2, *options, *resume, kill=kill)
         dead, alive = outcomes[kill[0]], outcomes[1 - kill[0]]
         assert dead.status == -signal.SIGKILL

@@ -1015,7 +1015,7 @@ def test_autocast_observes_what_it_computes_with() -> None:
         assert features(model, batch).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.long)])
 def test_compiles_in_one_graph_in_either_phase(name: str) -> None:
     batch, model = batch_of(name, "right"), make(name)
     real = batch["attention_mask"].bool()

@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 PREPARED = multiprocessing.get_context("forkserver")
-PREPARED.set_forkserver_preload(["sat.train", "tests.interruption.processes"])
+# Also what a training imports while it runs.
+PREPARED.set_forkserver_preload(
+    [
+        "sat.train",
+        "tests.interruption.processes",
+        "torch.utils.tensorboard",
+        "pandas",
+        "matplotlib.backends.backend_agg",
+    ]
+)
 
 ROOT = Path(__file__).parents[2]
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000

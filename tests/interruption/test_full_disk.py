@@ -32,13 +32,26 @@ def sentence(status: int, output: str) -> str:
 @pytest.mark.parametrize(
     ("place_of_failure", "expected", "saved"),
     [
-        (("sat.saving:SaveLast.save", 2), "last.ckpt cannot be written (No space left on device)", 3),
-        (("lightning.pytorch.callbacks:ModelCheckpoint._save_checkpoint", 1), "best.ckpt cannot be written (No", 6),
-        (("lightning.pytorch.loggers:CSVLogger.save", 1), "(No space left on device)", None),
-        (("sat.runs:save_layouts", 1), "cannot be written (No space left on device)", 20),
-        (("sat.runs:write_summary", 1), "summary.json cannot be written (No space left on device)", 20),
+        pytest.param(("sat.saving:SaveLast.save", 2), "last.ckpt cannot be written (No space left", 3, id="last"),
+        pytest.param(
+            ("lightning.pytorch.callbacks:ModelCheckpoint._save_checkpoint", 1),
+            "best.ckpt cannot be written (No space left",
+            6,
+            id="best",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            ("lightning.pytorch.loggers:CSVLogger.save", 1), "(No space left", None, id="log", marks=pytest.mark.long
+        ),
+        pytest.param(("sat.runs:save_layouts", 1), "cannot be written (No space left", 20, id="layouts"),
+        pytest.param(
+            ("sat.runs:write_summary", 1),
+            "summary.json cannot be written (No space left",
+            20,
+            id="summary",
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["last", "best", "log", "layouts", "summary"],
 )
 def test_a_disk_that_fills_up(
     whole: Path, place: Path, place_of_failure: tuple[str, int], expected: str, saved: int | None

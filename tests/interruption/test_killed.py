@@ -27,13 +27,12 @@ def resumed(folder: Path) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        ("send", STEP, 6, signal.SIGKILL),
-        ("send", SWITCH, 1, signal.SIGKILL),
-        ("killed_at_write", "last.ckpt", 4, True),
-        ("killed_at_write", "layer1.safetensors", 1, False),
-        ("killed_at_write", "cache/*.safetensors", 1, True),
+        pytest.param(("send", STEP, 6, signal.SIGKILL), id="dense", marks=pytest.mark.long),
+        pytest.param(("send", SWITCH, 1, signal.SIGKILL), id="switch"),
+        pytest.param(("killed_at_write", "last.ckpt", 4, True), id="checkpoint"),
+        pytest.param(("killed_at_write", "layer1.safetensors", 1, False), id="layout", marks=pytest.mark.long),
+        pytest.param(("killed_at_write", "cache/*.safetensors", 1, True), id="cache"),
     ],
-    ids=["dense", "switch", "checkpoint", "layout", "cache"],
 )
 def test_killed_at_a_chosen_moment(whole: Path, place: Path, fault: processes.Fault):
     status, output = processes.run(place, COMMAND, fault)

@@ -31,7 +31,7 @@ def test_sigterm_finishes_the_step_and_saves(whole: Path, place: Path, when: tup
         assert_same_run(whole, place)
 
 
-@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.long), 5])
 def test_sigterm_to_the_whole_job_does_not_end_those_that_load_its_data(place: Path, number: int):
     command = [*COMMAND, "--data.num_workers", "2"]
     status, output = processes.run(place, command, ("send_job", STEP, number, signal.SIGTERM))
@@ -53,7 +53,9 @@ def test_sigterm_while_testing_leaves_at_once(place: Path):
     assert saved_step(place) == 20
 
 
-@pytest.mark.parametrize(("received", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("received", "expected"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_a_second_signal_leaves_at_once(place: Path, received: signal.Signals, expected: int):
     status, output = processes.run(place, COMMAND, ("second_signal", STEP, 5, received))
     assert status == expected, output
@@ -62,7 +64,7 @@ def test_a_second_signal_leaves_at_once(place: Path, received: signal.Signals, e
     assert saved_step(place) == 3  # of the regular saves
 
 
-@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("array", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_sigusr1_of_slurm_queues_the_job_again(whole: Path, place: Path, monkeypatch: pytest.MonkeyPatch, array: bool):
     tool = place / "bin" / "scontrol"
     tool.parent.mkdir()

@@ -279,8 +279,7 @@ def test_long_lists_are_cut_and_joined():
     )
 
 
-@pytest.mark.parametrize("pruned", ["drop", "zero"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "pruned"), [(False, "drop"), (True, "zero")])
 def test_softmax_of_long_rows_is_cut_and_joined(masked, pruned):
     layout, length = make_heavy_layout(), 20 * 16 - 3
     values = randn(BATCH, layout.nnz, 16, 16, dtype=torch.float32)
