@@ -69,7 +69,7 @@ class AdaptiveAttention(nn.Module):
         self.observe_samples = 0
         self.observe_score_matrix = True  # whether statistics are to have it: [L, S] of each layer
         self.observed_samples = 0  # how many there were
-        self.statistics: ops.AttentionStatistics | None = None
+        self.statistics: ops.AttentionStatistics | None = None  # of all calls since it was last set to None
         # While it is there, backward passes leave the blocks' sensitivity as its gradient. No parameter, no buffer.
         self.block_gate: Tensor | None = None
 
@@ -174,7 +174,7 @@ class AdaptiveAttention(nn.Module):
             )
         if attn_bias is not None and self.block_gate is not None:
             raise ValueError("an attention with attn_bias cannot be watched: the sensitivity would not know of it")
-        if self.observe_samples and not (sparse and self.block_gate is not None):
+        if self.observing and not (sparse and self.block_gate is not None):
             self.observe(query, key, key_padding_mask, query_padding_mask, scale)
         dropout = dropout_p if dropout_p is not None else self.dropout if self.training else 0.0
         if sparse:
@@ -235,8 +235,17 @@ class AdaptiveAttention(nn.Module):
         return self._current[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy is to derive from its own buffer does not travel.
-        return super().__getstate__() | {"_current": None, "_sparse_read": None, "block_gate": None}
+        # What a copy is to derive from its own buffer does not travel, nor that somebody watches the original.
+        own = {"_current": None, "_sparse_read": None, "block_gate": None, "observe_samples": 0}
+        return super().__getstate__() | own
+
+    @property
+    def observing(self) -> bool:
+        """Whether a call leaves statistics: if they were asked for, and not in evaluation without gradients.
+
+        A training that was broken off in an observed step has not taken its question back.
+        """
+        return self.observe_samples > 0 and (self.training or torch.is_grad_enabled())
 
     def observe(
         self,
@@ -246,11 +255,13 @@ class AdaptiveAttention(nn.Module):
         query_padding_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> None:
-        """Leave the statistics of the first ``observe_samples`` samples in ``statistics``; arguments as in forward."""
+        """Leave the statistics of the first ``observe_samples`` samples in ``statistics``; arguments as in forward.
+
+        Statistics that are there already, of another call in the same batch, become means over the samples of both.
+        """
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing, which computes the layer again in the backward pass: observed already
         first = slice(self.observe_samples)
-        self.observed_samples = len(query[first])
         statistics = ops.attention_statistics(
             query[first],
             key[first],
@@ -262,7 +273,7 @@ class AdaptiveAttention(nn.Module):
             score_matrix=self.observe_score_matrix,
         )
         if query.shape[2] == key.shape[2] == self.seq_len:
-            self.statistics = statistics
+            self._add(statistics, len(query[first]))
             return
         # Positions that this batch does not reach received no attention: one grid for batches of every length. A mean
         # over part of a block becomes one over all of it.
@@ -276,8 +287,22 @@ class AdaptiveAttention(nn.Module):
         )
         assert pooled is not None
         # Of the whole matrix: that is what the mean over several batches and processes has.
-        whole = statistics.skewness if matrix is None else skewness(matrix).float()
-        self.statistics = ops.AttentionStatistics(pooled, whole, matrix)
+        whole = statistics.skewness if matrix is None else skewness(matrix).float().to(matrix.device)
+        self._add(ops.AttentionStatistics(pooled, whole, matrix), len(query[first]))
+
+    def _add(self, new: ops.AttentionStatistics, samples: int) -> None:
+        """A module that a model calls several times, such as a shared layer, is observed in all of its calls."""
+        old = self.statistics
+        if old is None:
+            self.statistics, self.observed_samples = new, samples
+            return
+        self.observed_samples += samples
+        share = samples / self.observed_samples
+        matrix = None
+        if new.score_matrix is not None and old.score_matrix is not None:
+            matrix = old.score_matrix.lerp(new.score_matrix, share)
+        mean = old.skewness.lerp(new.skewness, share) if matrix is None else skewness(matrix).float().to(matrix.device)
+        self.statistics = ops.AttentionStatistics(old.pooled.lerp(new.pooled, share), mean, matrix)
 
     def _reached(self, length: int, device: torch.device) -> Tensor:
         """Which share of their tokens the blocks have that a sequence of this length reaches."""
@@ -300,7 +325,8 @@ class AdaptiveAttention(nn.Module):
         if self.block_gate is None or not self.observe_samples or not torch.is_grad_enabled():
             return context
         first = slice(self.observe_samples)
-        self.observed_samples = len(query[first])
+        if self.statistics is None:  # else those know how many there were
+            self.observed_samples = len(query[first])
         layout = self._layout_for(query.shape[2], key.shape[2]) if self.is_sparse else None
         return ops.watch_blocks(
             context,

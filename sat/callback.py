@@ -73,9 +73,10 @@ class AdaptiveSparsity(SparsityPhases, Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A step that failed has not restored its learning rate."""
+        """A step that failed has not restored its learning rate, and its layers still watch."""
         self._steps_before = None
         self.detach_optimizers()
+        self.stop_observing()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizers as they were."""

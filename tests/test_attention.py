@@ -97,6 +97,30 @@ def test_statistics_are_taken_when_asked_for_of_the_first_samples():
     assert not attention.statistics.pooled.requires_grad
 
 
+@pytest.mark.parametrize("length", [40, 20])
+def test_several_calls_in_a_batch_are_all_observed(length):
+    """As of a layer that a model uses again, or of two towers: the means over the samples of all calls."""
+    one, several = AdaptiveAttention(2, 40, 16), AdaptiveAttention(2, 40, 16)
+    one.observe_samples = several.observe_samples = 3
+    query, key, value = qkv(length)
+    one(query, key, value)
+    several(query[:1], key[:1], value[:1])
+    several(query[1:], key[1:], value[1:])
+    assert one.observed_samples == several.observed_samples == 3
+    torch.testing.assert_close(tuple(several.statistics), tuple(one.statistics))
+
+
+def test_evaluation_without_gradients_is_not_observed_nor_is_a_copy():
+    attention = AdaptiveAttention(2, 40, 16)
+    attention.observe_samples = 3  # and the training is broken off
+    assert copy.deepcopy(attention).observe_samples == 0
+    with torch.no_grad():
+        attention.eval()(*qkv())
+        assert attention.statistics is None
+        attention.train()(*qkv())  # as activation checkpointing may do
+    assert attention.statistics is not None
+
+
 def test_statistics_of_short_batches_share_one_grid():
     attention = AdaptiveAttention(2, 64, 16)
     attention.observe_samples = 3

@@ -432,7 +432,9 @@ def test_a_batch_that_is_skipped_is_not_observed_by_its_gradient(tmp_path, caplo
     steps = [record["step"] for record in sparsity.history]
     assert steps[0] == 2
     assert steps[-1] == (8 if mask == "fisher" else 6)
-    assert ("no gradient came back to the layers [0, 1]" in caplog.text) == (mask == "fisher")
+    assert ("no gradient came back to first and second; layers that the loss does not depend on" in caplog.text) == (
+        mask == "fisher"
+    )
 
 
 def test_a_failed_step_restores_the_learning_rate(tmp_path):
@@ -606,6 +608,32 @@ def test_layouts_that_came_from_elsewhere_are_noticed(tmp_path):
     module.load_state_dict(other)
     with pytest.raises(ValueError, match="first has another layout than the state of AdaptiveSparsity knows"):
         fit(tmp_path, sparsity, module)
+
+
+def test_a_training_that_is_broken_off_in_an_observed_step_leaves_nothing_watching(tmp_path):
+    class Broken(SomebodysModel):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if self.first.observe_samples:
+                raise RuntimeError("out of memory")
+            return loss
+
+    module = Broken()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(tmp_path, always(mask="fisher"), module)
+    for attention in (module.first, module.second):
+        assert (attention.observe_samples, attention.statistics, attention.block_gate) == (0, None, None)
+
+
+@pytest.mark.parametrize(("length", "warned"), [(LENGTH, False), (LENGTH - 8, False), (LENGTH - 9, False), (16, True)])
+def test_a_grid_that_no_sequence_fills_is_warned_of(tmp_path, caplog, length, warned):
+    class Short(SomebodysModel):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([x[:, :length] for x in batch], batch_idx)
+
+    fit(tmp_path, always(), Short(), max_steps=7)
+    said = f"no sequence that was observed is longer than {length} tokens, and layouts are made for {LENGTH}"
+    assert (said in caplog.text) == warned
 
 
 def test_the_sequences_of_two_towers_are_counted(tmp_path):

@@ -1,6 +1,7 @@
 """Floor 3: learned sparsity in Hugging Face's Trainer.
 
-trainer = Trainer(model, args, train_dataset=..., callbacks=[SparsityCallback(density=0.5, keep_first_tokens=1)])
+callback = SparsityCallback(seq_len=256, density=0.5, keep_first_tokens=1)  # of sequences of up to 256 tokens
+trainer = Trainer(model, args, train_dataset=..., callbacks=[callback])
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class SparsityCallback(SparsityPhases, TrainerCallback):
     can be trained too; its checkpoints hold the layouts as well.
 
     Args:
-        seq_len: the longest sequence in tokens, on which layouts are learned; by default what the model can take.
+        seq_len: the longest sequence in tokens, on which layouts are learned; by default what the model can take. Where
+            all are shorter, name their length: blocks that no token reaches count towards the density. A model that
+            is prepared already keeps its own seq_len, block_size and backend.
         block_size: edge of a block, in tokens.
         backend: of the sparse phase, see :mod:`sat.ops`.
         settings: those of :class:`sat.sparsity.SparsityPhases`; by_offset is False unless given.

@@ -303,14 +303,14 @@ def _attention(
             f'which attn_implementation="sat" cannot tell from one of queries by keys; use attn_implementation="sdpa"'
         )
     state = _state(module)
-    if state is not None and (state.is_sparse or state.observe_samples or module.training):
+    if state is not None and (state.is_sparse or state.observing or module.training):
         # The model's call decides, not what the module was made with; in training always, so that processes which do
         # not observe this step know it as well.
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         causal = bool(causal) if attention_mask is None else attention_mask.dim() == 2
         if state.is_causal != causal:
             state.is_causal = causal
-    if state is not None and (state.is_sparse or state.observe_samples):
+    if state is not None and (state.is_sparse or state.observing):
         padding, bias = _read_mask(attention_mask, query)
         _check(state, module, query, key, kwargs)
         if state.is_sparse:

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 
+def in_float64(x: Tensor) -> Tensor:
+    """The same in float64: on the CPU where its own device has none (Apple's)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def skewness(matrix: Tensor) -> Tensor:
     """Population skewness over all entries, float64 ``[]``; see :func:`skewness_from_moments`."""
-    values = matrix.detach().double()
+    values = in_float64(matrix.detach())
     mean = values.mean()
     centred = values - mean
     return skewness_from_moments(mean, centred.square().mean(), centred.pow(3).mean())

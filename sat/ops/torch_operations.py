@@ -15,7 +15,7 @@ from torch import Tensor
 from sat.layout import BlockLayout
 from sat.ops.autocast import without_autocast
 from sat.ops.checks import no_second_derivative
-from sat.ops.moments import skewness_from_moments
+from sat.ops.moments import in_float64, skewness_from_moments
 
 # Elements of a temporary that are computed at a time.
 CHUNK_ELEMENTS = 2**22
@@ -240,7 +240,8 @@ def attention_statistics(
     columns = -(-key_length // block_size)
     tail = columns * block_size - key_length
     matrix = query.new_empty((query_length, key_length) if score_matrix else (0,), dtype=torch.float32)
-    pooled, shift, sums = [], None, torch.zeros(4, dtype=torch.float64, device=query.device)
+    pooled: list[Tensor] = []
+    shift = sums = None
     # Whole block rows at a time, so that each is pooled at once; some samples at a time where a row of all is too much.
     samples = max(1, min(batch, CHUNK_ELEMENTS // (heads * key_length * block_size)))
     step = max(1, CHUNK_ELEMENTS // (samples * heads * key_length * block_size)) * block_size
@@ -276,17 +277,20 @@ def attention_statistics(
         if score_matrix:
             matrix[rows] = mean
         # Power sums about the mean of the first rows, which is close to that of all: no cancellation.
-        shift = mean.double().mean() if shift is None else shift
-        deviation = mean.double() - shift
-        sums += torch.stack([deviation.pow(power).sum() for power in range(4)])
+        exact = in_float64(mean)
+        shift = exact.mean() if shift is None else shift
+        deviation = exact - shift
+        of_rows = torch.stack([deviation.pow(power).sum() for power in range(4)])
+        sums = of_rows if sums is None else sums + of_rows
         blocks = F.pad(per_head, (0, tail, 0, -per_head.shape[1] % block_size))
         pooled.append(blocks.unflatten(2, (columns, -1)).unflatten(1, (-1, block_size)).sum((2, 4)))
     assert shift is not None
+    assert sums is not None
     first, second, third = (sums[1:] / sums[0]).unbind()
     skewness = skewness_from_moments(shift + first, second - first**2, third - 3 * first * second + 2 * first**3)
     return (
         torch.cat(pooled, 1).float() / _block_areas(query_length, key_length, block_size, query.device),
-        skewness.float(),
+        skewness.float().to(query.device),
         matrix,
     )
 

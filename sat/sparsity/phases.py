@@ -268,6 +268,7 @@ class SparsityPhases:
             controller.begin(layouts)
         # Nothing is refused from here on: what was refused is so the next time, too.
         self.attentions, self.controller, self.began, self._steps = dict(attentions), controller, began, 0
+        self._longest = 0  # of the sequences that were observed, in blocks
         self._guard.reset()
         self.transitions, self.revisions, self.history = [], [], []
         for attention, layout in zip(self.attentions.values(), self.controller.layouts, strict=True):
@@ -347,6 +348,11 @@ class SparsityPhases:
                 grid = attention.layout_mask
                 attention.block_gate = torch.zeros(grid.shape, device=grid.device, requires_grad=True)
 
+    def stop_observing(self) -> None:
+        """Leave the layers as between two batches: for a training that was broken off within one."""
+        for attention in self.attentions.values():
+            attention.observe_samples, attention.statistics, attention.block_gate = 0, None, None
+
     def after_batch(self, ends_step: bool) -> dict[str, float] | None:
         """Collect the statistics; at the end of a step, hand them to the controller and put its layouts in place.
 
@@ -382,7 +388,12 @@ class SparsityPhases:
             # A batch that training_step skips has no backward pass; nor has one whose loss does not depend on a layer.
             without = sorted(index for index, part in observed.items() if "sensitivity" not in part.values)
             if without and self._rank == 0:
-                logger.warning("no observation at step %d: no gradient came back to the layers %s", step, without)
+                names = [[*self.attentions][index] for index in without]
+                logger.warning(
+                    "no observation at step %d: no gradient came back to %s; layers that the loss does not depend on, "
+                    "such as those of a teacher, keep all others dense: hold them where modules() does not find them, "
+                    "in a tuple say", step, " and ".join(names),
+                )  # fmt: skip
             if without:
                 return None
         absent = sorted(set(layers) - set(observed))
@@ -398,6 +409,9 @@ class SparsityPhases:
         transitions = self.controller.observe(step, statistics)
         if self.controller.observed_at != step:
             return None
+        self._longest = max([self._longest, *(_reached(each.pooled) for each in statistics.values())])
+        if transitions:
+            self._warn_of_a_long_grid()
         self.pooled = {t.layer: self._pooled(statistics[t.layer].pooled) for t in transitions}
         for transition in transitions:
             attentions[transition.layer].set_layout(transition.layout)
@@ -415,6 +429,16 @@ class SparsityPhases:
             for name, value in layer.items()
             if value == value  # nan: not defined yet
         }
+
+    def _warn_of_a_long_grid(self) -> None:
+        assert self.controller is not None
+        blocks, size, length = self.controller.grid[1], self.controller.block_size, self.controller.lengths[1]
+        if 4 * self._longest < 3 * blocks and self._rank == 0:
+            logger.warning(
+                "no sequence that was observed is longer than %d tokens, and layouts are made for %d: their density "
+                "counts blocks that no token reaches, and of those that one reaches more are kept; set seq_len to the "
+                "longest sequence there is", self._longest * size, length,
+            )  # fmt: skip
 
     def after_validation(self, loss: float) -> None:
         """Compare the sparse phase with the dense one; the next step begins with what follows from it.
@@ -532,6 +556,12 @@ class SparsityPhases:
         self.history = list(state_dict["history"])
         self._steps, self.began = state_dict["steps"], state_dict.get("began", "")
         self._guard.load_state_dict(state_dict.get("guard", {}))
+
+
+def _reached(pooled: Tensor) -> int:
+    """Up to which block keys have received attention."""
+    received = pooled.sum((0, 1)).nonzero()
+    return int(received[-1]) + 1 if len(received) else 0
 
 
 def _equal(layout: BlockLayout, shared: BlockLayout) -> bool:

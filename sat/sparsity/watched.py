@@ -36,9 +36,12 @@ class Attention(Protocol):
 
 
 def left_by(attention: Attention) -> dict[str, Tensor]:
-    """What a batch has left in a module, by name; of a sparse one the sensitivity alone, of an evaluation not that."""
+    """What a batch has left in a module, by name; of a sparse one the sensitivity alone, of an evaluation not that.
+
+    On the CPU where the device is one without float64, in which the rules reckon (Apple's).
+    """
     statistics = attention.statistics
     values = {} if statistics is None else {k: v for k, v in statistics._asdict().items() if v is not None}
     if attention.block_gate is not None and attention.block_gate.grad is not None:
         values["sensitivity"] = attention.block_gate.grad
-    return values
+    return {name: x.cpu() if x.device.type == "mps" else x for name, x in values.items()}
