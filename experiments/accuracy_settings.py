@@ -56,7 +56,7 @@ ARENA = {
         None,
         {"data.seq_len": 256, "data.min_length": 100, "data.max_length": 250, "optimizer.lr": 5e-4},
         None,
-        2000,
+        3000,
     ),
     "text": Task(
         "lra_text.yaml",

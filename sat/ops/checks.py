@@ -187,9 +187,10 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_probability(name: str, value: float) -> None:
-    """A number in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+    """A number in [0, 1), also once it is rounded to float32, as kernels have it."""
+    if not 0 <= value < 1 - 2**-25:
+        rounded = ", which is 1 in float32" if 0 < value < 1 else ""
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}{rounded}")
 
 
 def check_values(name: str, values: Tensor, layout: BlockLayout, num_heads: int | None = None) -> int:

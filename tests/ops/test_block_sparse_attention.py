@@ -337,6 +337,7 @@ class TestBadArguments:
             ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
             ({"pruned": "keep"}, ValueError, "pruned must be one of 'drop', 'zero', got 'keep'"),
             ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
+            ({"dropout_p": 1 - 1e-8}, ValueError, "below 1, got 0.99999999, which is 1 in float32"),
             ({"key_padding_mask": torch.ones(2, 64)}, TypeError, "key_padding_mask must be a bool tensor"),
             ({"key_padding_mask": torch.ones(2, 63, dtype=torch.bool)}, ValueError, r"shape \[2, 64\], got \[2, 63\]"),
             ({"key_padding_mask": [[True] * 64] * 2}, TypeError, "key_padding_mask must be a tensor, got list"),

@@ -238,8 +238,10 @@ def tile_index(layout: BlockLayout, rows_per_tile: int, pairs: int, *, transpose
     blocks, longest = reversed(layout.shape) if transposed else layout.shape
     groups, capacity = (blocks + group - 1) // group, 0
     if pairs * groups < ENOUGH_LISTS * longest and longest > SHORTEST_SEGMENT and groups > SPREAD:
-        # Fewer than groups / SPREAD lists can be that much longer than the average.
-        capacity = min(2 * groups // SPREAD, MOST_SEGMENTS // pairs)
+        # Fewer than groups / SPREAD lists can be that much longer than the average. Of each batch size powers of two,
+        # because each capacity has lists of its own.
+        room = MOST_SEGMENTS // pairs
+        capacity = min(2 * groups // SPREAD, 1 << room.bit_length() - 1 if room else 0)
     return kept_with(
         layout,
         ("tile_index", group, transposed, capacity),

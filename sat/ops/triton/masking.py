@@ -40,8 +40,9 @@ def bias_user(work, own_tiles, bias_heads, users):
     own_rows, own_columns = own_tiles[0] // ALIKE, own_tiles[1] // ALIKE
     program = tl.program_id(0)
     own = program // (own_columns * own_rows)
-    sample = own // bias_heads + work // (heads_each * rows_each * columns_each)
-    head = own % bias_heads + work // (rows_each * columns_each) % heads_each
+    one = tl.full([], 1, tl.int64)  # as many as count_users tells
+    sample = own // bias_heads + work // (one * heads_each * rows_each * columns_each)
+    head = own % bias_heads + work // (one * rows_each * columns_each) % heads_each
     row_tile = program // own_columns % own_rows + work // columns_each % rows_each
     column_tile = program % own_columns + work % columns_each
     return sample.to(tl.int64), head.to(tl.int64), row_tile.to(tl.int32), column_tile.to(tl.int32)

@@ -227,12 +227,17 @@ def test_there_are_no_more_segments_than_room(monkeypatch):
     assert parts[2, 7:10].tolist() == [2, 2, 2]  # of 32 entries: four of 16 would be too many
 
 
-def test_lists_are_made_once_and_never_cut_where_there_is_work_enough():
+def test_lists_are_made_once_and_never_cut_where_there_is_work_enough(monkeypatch):
     layout = BlockLayout(torch.ones(1, 64, 64, dtype=torch.bool, device=DEVICE), 16)
     assert index.tile_index(layout, 16, 1) is index.tile_index(layout, 16, 1)
     assert index.tile_index(layout, 16, 1).capacity > 0
     assert index.tile_index(layout, 16, 63).capacity > 0
     assert index.tile_index(layout, 16, 64).capacity == 0
+    # Batches of any size share a few lists, of which each takes memory.
+    assert {index.tile_index(layout, 16, pairs).capacity for pairs in range(1, 64)} == {32}
+    monkeypatch.setattr(index, "MOST_SEGMENTS", 32)
+    assert {index.tile_index(layout, 16, pairs).capacity for pairs in range(1, 33)} == {32, 16, 8, 4, 2, 1}
+    monkeypatch.undo()
     # Many more lists than that are not enough beside one that is as long as they are many.
     layout = BlockLayout(torch.ones(1, 1024, 1024, dtype=torch.bool, device=DEVICE), 64)
     assert index.tile_index(layout, 64, 12).capacity > 0
