@@ -215,10 +215,13 @@ def kept_with(layout: BlockLayout, key: object, make: Callable[[], Any]) -> Any:
     """What ``make`` makes of a layout's mask, on first use; from then on what is kept with the layout.
 
     In a compiled or captured graph it is made anew each time: the graph must see a mask that changes, and must not
-    point into memory that a layout may give back.
+    point into memory that a layout may give back. Each CUDA stream has its own: nothing else would let it wait for what
+    another one has only begun to make.
     """
     if torch.compiler.is_compiling() or (layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return make()
+    if layout.device.type == "cuda":
+        key = (key, torch.cuda.current_stream(layout.device).cuda_stream)
     if key in layout.derived:
         return layout.derived[key]
     with torch.inference_mode(False):  # made in evaluation, it must do for training

@@ -1,6 +1,8 @@
 # Which backend is taken, what is refused with which sentence, and what the lists and launch parameters hold.
 import itertools
 import json
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -244,6 +246,17 @@ def test_lists_are_made_once_and_never_cut_where_there_is_work_enough(monkeypatc
     wide = BlockLayout(torch.ones(1, 16, 1024, dtype=torch.bool, device=DEVICE), 64)
     assert index.tile_index(wide, 64, 64).capacity > 0
     assert index.tile_index(wide, 64, 64, transposed=True).capacity == 0
+
+
+def test_each_stream_makes_its_own_lists(monkeypatch):
+    """They may be read as soon as they are asked for, but for that another stream need not have come to them."""
+    streams, made = [1, 1, 2, 1], []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=streams.pop(0)))
+    layout = cast(BlockLayout, SimpleNamespace(device=torch.device("cuda"), derived={}))
+    for _ in range(4):
+        index.kept_with(layout, "lists", lambda: made.append(len(made)) or torch.ones(()))
+    assert made == [0, 1]
 
 
 class TestParameters:
