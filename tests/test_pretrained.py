@@ -280,6 +280,7 @@ class TestRuns:
         smaller = refused(capsys, "--config", vit, "--data.image_size", 8)
         assert "model takes pictures of 16 pixels, the data gives 8; set --data.image_size 16" in smaller
 
+    @pytest.mark.long
     def test_compiled(self, mrpc, monkeypatch):
         compile_model = torch.nn.Module.compile
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_model(self, backend="eager", **kw))

@@ -84,7 +84,7 @@ def test_sigusr1_of_slurm_queues_the_job_again(whole: Path, place: Path, monkeyp
         assert_same_run(whole, place)
 
 
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_sigusr1_before_the_first_step_queues_the_job_again(place: Path, resumed: bool):
     """It leaves nothing that the job would go on with, or the checkpoint that it goes on from; twice is as once."""
     tool = place / "bin" / "scontrol"

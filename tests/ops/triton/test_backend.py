@@ -166,7 +166,7 @@ def test_bad_values():
         ops.spmm(values.to("meta"), torch.zeros(1, 1, 16, 8), layout)
 
 
-@pytest.mark.parametrize("name", ["attention", "composed", "statistics"])
+@pytest.mark.parametrize("name", ["attention", pytest.param("composed", marks=pytest.mark.long), "statistics"])
 def test_compiles_with_sizes_that_are_kept_open(name):
     def run(query, size):
         layout = layouts[size]
